@@ -1,0 +1,33 @@
+"""The one error that every file reader raises."""
+
+from __future__ import annotations
+
+import os
+
+# A hostile file may choose the names that end up in a message.
+LONGEST = 120
+
+
+class FormatError(ValueError):
+    """A file is not what its format demands.
+
+    Args:
+        path: the file or folder.
+        field: the part of it that is wrong: a header field, a metadata key, a tensor.
+        message: what was found and what is needed.
+        offset: where the field lies, in bytes from the start of the file, if that is known.
+
+    >>> print(FormatError("model.gguf", "n_tensors", "is -1; need 0 or more", 8))
+    model.gguf: field 'n_tensors' at byte 8: is -1; need 0 or more
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, field: str, message: str, offset: int | None = None
+    ) -> None:
+        super().__init__(path, field, message, offset)
+        self.path, self.field, self.message, self.offset = path, field, message, offset
+
+    def __str__(self) -> str:
+        field = self.field if len(self.field) <= LONGEST else self.field[:LONGEST] + "..."
+        where = "" if self.offset is None else f" at byte {self.offset}"
+        return f"{os.fspath(self.path)}: field {field!r}{where}: {self.message}"

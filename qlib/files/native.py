@@ -1,0 +1,199 @@
+"""qlib's own container: one safetensors file whose metadata says which format each tensor has.
+
+Every stored tensor appears under its own name (`layer.weight.codes`, `layer.weight.scale`, ...),
+so any safetensors reader can look inside. The metadata entry "qlib" is JSON:
+`{"version": 1, "tensors": {name: {"shape": [out, in], "format": {...}}}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import FormatError
+from ..fit import FITS
+from ..grid import GRIDS, Grid
+from ..qtensor import QTensor
+from ..scheme import Scheme
+from .atomic import replacing
+
+VERSION = 1
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32)}
+STORED_AS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+MAX_WEIGHTS = 1 << 40
+MAX_DEPTH = 4
+
+
+def save_tensors(
+    path: str | os.PathLike,
+    quantized: Mapping[str, QTensor],
+    dense: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write quantized and dense tensors to one file, atomically (temporary name, then rename)."""
+    described = {
+        name: {"shape": list(q.shape), "format": scheme_to_dict(q.format)}
+        for name, q in quantized.items()
+    }
+    tensors = {_key(n, part): t for n, q in quantized.items() for part, t in q.parts.items()}
+    tensors |= dict(dense or {})
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {"qlib": json.dumps({"version": VERSION, "tensors": described})}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+
+
+def load_tensors(
+    path: str | os.PathLike, names: Iterable[str] | None = None
+) -> dict[str, QTensor]:
+    """The quantized tensors of a file (or only those in `names`).
+
+    Raises FormatError, naming file and field, unless every part has exactly the dtype, shape and
+    range of values that its format prescribes.
+    """
+    with _open(path) as file:
+        described = _described(path, file.metadata() or {})
+        chosen = list(described) if names is None else list(names)
+        missing = [name for name in chosen if name not in described]
+        if missing:
+            raise FormatError(path, "qlib", f"holds no quantized tensor {missing[0]!r}")
+        return {name: _load_one(path, file, name, described[name]) for name in chosen}
+
+
+def load_dense(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a file that belong to no quantized tensor."""
+    with _open(path) as file:
+        described = _described(path, file.metadata() or {})
+        owned = tuple(f"{name}." for name in described)
+        return {key: file.get_tensor(key) for key in file.keys() if not key.startswith(owned)}
+
+
+def scheme_to_dict(scheme: Scheme) -> dict:
+    """A Scheme as JSON data. Raises ValueError for formats and fits that have no name here."""
+    if not isinstance(scheme, Scheme):
+        raise ValueError(f"qlib's container stores Schemes, not {type(scheme).__name__}")
+    if FITS.get(scheme.fit.__name__) is not scheme.fit:
+        raise ValueError(f"fit {scheme.fit.__name__} is not in qlib.fit.FITS: it cannot be named")
+    return {
+        "grid": scheme.grid.name if scheme.is_standard else {"learned": scheme.grid.name},
+        "block": scheme.block,
+        "fit": scheme.fit.__name__,
+        "scale": _storage_to_data(scheme.scale),
+        "offset": None if scheme.offset is None else _storage_to_data(scheme.offset),
+    }
+
+
+def _storage_to_data(storage):
+    if isinstance(storage, Scheme):
+        return scheme_to_dict(storage)
+    return {"grid": storage.name} if isinstance(storage, Grid) else str(storage)[len("torch.") :]
+
+
+class _Reader:
+    """Turns JSON data into Schemes; every refusal names the file and the field."""
+
+    def __init__(self, path, field: str, learned: Tensor | None):
+        self.path, self.field, self.learned = path, field, learned
+
+    def scheme(self, data, depth: int = 0) -> Scheme:
+        keys = {"grid", "block", "fit", "scale", "offset"}
+        if not isinstance(data, dict) or set(data) != keys or depth > MAX_DEPTH:
+            raise self.error(f"a scheme has exactly the fields {', '.join(sorted(keys))}")
+        if data["fit"] not in list(FITS):
+            raise self.error(f"unknown fit {data['fit']!r}")
+        offset = data["offset"]
+        try:
+            return Scheme(
+                self.grid(data["grid"]),
+                data["block"],
+                FITS[data["fit"]],
+                self.storage(data["scale"], depth),
+                None if offset is None else self.storage(offset, depth),
+            )
+        except ValueError as error:
+            raise error if isinstance(error, FormatError) else self.error(str(error)) from None
+
+    def storage(self, data, depth: int):
+        if isinstance(data, str) and data in DTYPES:
+            return DTYPES[data]
+        if isinstance(data, dict) and set(data) == {"grid"}:
+            return self.grid(data["grid"])
+        return self.scheme(data, depth + 1)
+
+    def grid(self, data) -> Grid:
+        if isinstance(data, str) and data in GRIDS:
+            return GRIDS[data]
+        if isinstance(data, dict) and isinstance(data.get("learned"), str):
+            if self.learned is not None and self.learned.dtype == torch.float32:
+                return Grid(data["learned"], self.learned)
+            raise self.error("a learned grid needs its points, a float32 tensor called 'grid'")
+        raise self.error(f"unknown grid {data!r}")
+
+    def error(self, message: str) -> FormatError:
+        return FormatError(self.path, self.field, message)
+
+
+def _open(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {os.fspath(path)}")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise FormatError(path, "header", f"not a valid safetensors file ({error})") from None
+
+
+def _described(path, metadata: Mapping[str, str]) -> dict:
+    if "qlib" not in metadata:
+        raise FormatError(path, "qlib", "missing: this file was not written by qlib")
+    try:
+        data = json.loads(metadata["qlib"])
+    except (ValueError, RecursionError):
+        raise FormatError(path, "qlib", "not valid JSON") from None
+    if not isinstance(data, dict) or not isinstance(data.get("tensors"), dict):
+        raise FormatError(path, "qlib", "has no table of tensors")
+    if data.get("version") != VERSION:
+        raise FormatError(path, "qlib", f"has version {data.get('version')!r}, expected {VERSION}")
+    return data["tensors"]
+
+
+def _load_one(path, file, name: str, data) -> QTensor:
+    field = f"qlib.tensors[{name!r}]"
+    shape = data.get("shape") if isinstance(data, dict) else None
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise FormatError(path, field, "shape must be a list of positive integers")
+    if math.prod(shape) > MAX_WEIGHTS:
+        raise FormatError(path, field, f"shape {shape} is larger than any tensor qlib reads")
+    present = set(file.keys())
+    key = _key(name, "grid")
+    learned = file.get_tensor(key) if key in present else None
+    scheme = _Reader(path, field, learned).scheme(data.get("format"))
+    parts = {}
+    for part, (dtype, size) in scheme.layout(shape).items():
+        if _key(name, part) not in present:
+            raise FormatError(path, _key(name, part), "missing")
+        parts[part] = _load_part(path, file, _key(name, part), dtype, size)
+    if int(scheme.unpack(parts["codes"], shape).max()) >= len(scheme.grid.points):
+        raise FormatError(path, _key(name, "codes"), "holds a code beyond the end of its grid")
+    return QTensor(scheme, tuple(shape), parts)
+
+
+def _load_part(path, file, key: str, dtype: torch.dtype, size: tuple[int, ...]) -> Tensor:
+    stored = file.get_slice(key)
+    found = (stored.get_dtype(), tuple(stored.get_shape()))
+    if found != (STORED_AS[dtype], size):
+        need = f"{STORED_AS[dtype]} {list(size)}"
+        raise FormatError(path, key, f"is {found[0]} {list(found[1])}, its format needs {need}")
+    tensor = file.get_tensor(key)
+    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+        raise FormatError(path, key, "holds NaN or infinite values")
+    return tensor
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part

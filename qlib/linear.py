@@ -1,0 +1,73 @@
+"""QLinear: a linear layer that keeps and computes from the packed tensor."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import kernels
+from .qtensor import QTensor
+
+
+class QLinear(nn.Module):
+    """`x @ weight.T + bias` with a quantized weight.
+
+    The parts of the weight are buffers, so they move between devices with the module; unlike
+    other buffers they never change dtype, because their dtype is part of the format.
+
+    Args:
+        weight: QTensor of shape [out, in].
+        bias: [out] or None.
+    """
+
+    def __init__(self, weight: QTensor, bias: Float[Tensor, " out"] | None = None):
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ValueError(f"a linear weight is [out, in], got {list(weight.shape)}")
+        self.out_features, self.in_features = weight.shape
+        self.format = weight.format
+        # Buffer names may not hold dots; part names ("scale.codes") do.
+        self._names = {part: part.replace(".", "_") for part in weight.parts}
+        for part, tensor in weight.parts.items():
+            self.register_buffer(self._names[part], tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> QTensor:
+        """The quantized weight, made of the module's own buffers."""
+        parts = {part: getattr(self, name) for part, name in self._names.items()}
+        return QTensor(self.format, (self.out_features, self.in_features), parts)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The matrix product by the fastest kernel that knows the format."""
+        y = kernels.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format}"
+
+    def _apply(self, fn, recurse: bool = True):
+        dtypes = {name: getattr(self, name).dtype for name in self._names.values()}
+        before = {name: getattr(self, name) for name in self._names.values()}
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved = getattr(self, name)
+            if moved.dtype != dtype:
+                setattr(self, name, before[name].to(moved.device))
+        return self
+
+
+def dequantized(layer: QLinear) -> nn.Linear:
+    """The ordinary float32 layer that computes the same function as `layer`."""
+    weight = layer.weight.dequantize()
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where `model` has a submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

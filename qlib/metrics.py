@@ -1,0 +1,301 @@
+"""Quality, always with its protocol: perplexity, divergence from a reference, and weight error.
+
+Tokens of a text are correlated, so standard errors come from the means of blocks of consecutive
+tokens; the usual formula for independent samples is too small by a factor of two to five.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# A chunk of logits over a 49k vocabulary is 12 MB; all logits of a text would be gigabytes.
+HEAD_TOKENS = 64
+BATCH_TOKENS = 1024
+ERROR_BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Protocol:
+    """Everything besides the model that decides a perplexity.
+
+    Args:
+        text: name of the text, for the label.
+        tokens: its token ids, [n].
+        context: tokens that the model sees at once, the beginning-of-sequence token included.
+        stride: tokens that a window adds to the score; fewer than `context` means overlap, so
+            that more tokens are predicted from a long past.
+        bos: id of the token put before every window, or None.
+    """
+
+    text: str
+    tokens: Int[Tensor, " n"]
+    context: int = 512
+    stride: int = 512
+    bos: int | None = None
+
+    def __post_init__(self):
+        if not 2 <= self.context or not 1 <= self.stride <= self.context:
+            raise ValueError(
+                f"need 2 <= context and 1 <= stride <= context, got {self.context}, {self.stride}"
+            )
+        if self.tokens.ndim != 1 or len(self.tokens) < 2:
+            raise ValueError(f"a protocol needs at least 2 tokens [n], got {list(self.tokens.shape)}")
+
+    @classmethod
+    def of(
+        cls, tokenizer, text: str = "evaluation", tokens: int | None = 2048, context: int = 512,
+        stride: int | None = None, bos: bool = True,
+    ) -> Protocol:  # fmt: skip
+        """The first `tokens` tokens of a text that `qlib.texts` knows, or of a file.
+
+        Raises ValueError if the text has fewer tokens than asked for.
+        """
+        from .texts import texts
+
+        ids = torch.tensor(tokenizer.encode(texts(text)))
+        if tokens is not None and len(ids) < tokens:
+            raise ValueError(f"text {text!r} has {len(ids):,} tokens, {tokens:,} were asked for")
+        start = tokenizer.bos_id if bos else None
+        return cls(str(text), ids[:tokens], context, stride or context, start)
+
+    def __str__(self) -> str:
+        start = "BOS" if self.bos is not None else "no BOS"
+        sizes = f"{self.scored:,} tokens, context {self.context}, stride {self.stride}"
+        return f"{self.text}, {sizes}, {start}"
+
+    __repr__ = __str__
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are predicted: all, or all but the first where no BOS precedes it."""
+        return sum(score for _, score in self.windows())
+
+    def windows(self) -> Iterator[tuple[Int[Tensor, " time"], int]]:
+        """(tokens of a window with the BOS, how many of its last tokens are scored)."""
+        room = self.context + 1 - (self.bos is not None)
+        head = torch.tensor([] if self.bos is None else [self.bos], dtype=torch.long)
+        done = 0
+        while done < len(self.tokens):
+            stop = min(len(self.tokens), done + (self.stride if done else room))
+            window = torch.cat([head, self.tokens[max(0, stop - room) : stop].long()])
+            score = min(stop - done, len(window) - 1)
+            if score:
+                yield window, score
+            done = stop
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, with a standard error from block means."""
+
+    value: float
+    standard_error: float
+    protocol: Protocol
+
+    def __str__(self) -> str:
+        return f"perplexity {self.value:.4g} ± {self.standard_error:.2g} ({self.protocol})"
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions are from a reference's on the same tokens.
+
+    `kl` is the mean KL(reference || model) in nats, `kl_99` its 99th percentile over tokens,
+    `top1` the share of tokens whose most likely prediction agrees; errors from block means.
+    """
+
+    kl: float
+    standard_error: float
+    kl_99: float
+    top1: float
+    top1_error: float
+    perplexity: Perplexity
+    reference_perplexity: Perplexity
+
+    def __str__(self) -> str:
+        ratio = self.perplexity.value / self.reference_perplexity.value
+        return (
+            f"KL {self.kl:.3g} ± {self.standard_error:.1g} nats, 99% {self.kl_99:.3g}, top-1 "
+            f"{self.top1:.1%} ± {self.top1_error:.1%}, perplexity ratio {ratio:.4g} "
+            f"({self.perplexity.protocol})"
+        )
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """Per scored token: KL in nats, top-1 agreement, and both negative log-likelihoods, [n] each."""
+
+    kl: Float[Tensor, " n"]
+    agree: Float[Tensor, " n"]
+    nll: Float[Tensor, " n"]
+    reference_nll: Float[Tensor, " n"]
+
+
+class Reference:
+    """A reference model's hidden states on a protocol, so that many models can be compared to it.
+
+    Only hidden states are kept ([tokens, hidden]); log-probabilities are made again a few tokens
+    at a time, so the logits of a large vocabulary never exist all at once.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: nn.Module, protocol: Protocol):
+        hidden, self.head = _halves(model)
+        self.protocol = protocol
+        self.states = [hidden(batch) for batch in _progress(protocol, "reference")]
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, protocol: Protocol) -> Perplexity:
+    """Perplexity of a causal language model (our Decoder or a Hugging Face model)."""
+    hidden, head = _halves(model)
+    nll = []
+    for batch in _progress(protocol, "perplexity"):
+        for chunk, targets in zip(_chunks(hidden(batch)), _chunks(_targets(batch))):
+            nll.append(F.cross_entropy(head(chunk).float(), targets, reduction="none"))
+    return _perplexity(torch.cat(nll), protocol)
+
+
+def divergence(
+    reference: nn.Module | Reference, model: nn.Module, protocol: Protocol
+) -> Divergence:
+    """KL divergence, top-1 agreement and both perplexities over the protocol's tokens.
+
+    Raises ValueError if a `Reference` was made with another protocol.
+    """
+    scores = token_scores(reference, model, protocol)
+    kl, kl_error = mean_and_error(scores.kl)
+    top1, top1_error = mean_and_error(scores.agree)
+    return Divergence(
+        kl,
+        kl_error,
+        scores.kl.quantile(0.99).item(),
+        top1,
+        top1_error,
+        _perplexity(scores.nll, protocol),
+        _perplexity(scores.reference_nll, protocol),
+    )
+
+
+@torch.inference_mode()
+def token_scores(
+    reference: nn.Module | Reference, model: nn.Module, protocol: Protocol
+) -> TokenScores:
+    """The per-token figures that `divergence` summarizes."""
+    if not isinstance(reference, Reference):
+        reference = Reference(reference, protocol)
+    if reference.protocol is not protocol:
+        raise ValueError(f"the reference was made with another protocol: {reference.protocol}")
+    hidden, head = _halves(model)
+    rows = []
+    for batch, ref_states in zip(_progress(protocol, "divergence"), reference.states):
+        chunks = (_chunks(ref_states), _chunks(hidden(batch)), _chunks(_targets(batch)))
+        for ref_chunk, chunk, targets in zip(*chunks):
+            rows.append(_compare(reference.head(ref_chunk), head(chunk), targets))
+    return TokenScores(*(torch.cat(column) for column in zip(*rows)))
+
+
+def mean_and_error(values: Float[Tensor, " n"], block: int = ERROR_BLOCK) -> tuple[float, float]:
+    """Mean of correlated values and its standard error from the means of consecutive blocks."""
+    values = values.double()
+    blocks = values[: len(values) // block * block].view(-1, block).mean(dim=1)
+    if len(blocks) < 2:
+        return values.mean().item(), math.nan
+    return values.mean().item(), (blocks.std() / math.sqrt(len(blocks))).item()
+
+
+def snr_db(weight: Tensor, approximation: Tensor) -> float:
+    """Signal-to-noise ratio in decibels: 10 log10(sum w^2 / sum (w - w_hat)^2).
+
+    >>> round(snr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5])), 6)
+    20.0
+    """
+    noise = (weight.double() - approximation.double()).square().sum()
+    return (10 * torch.log10(weight.double().square().sum() / noise)).item()
+
+
+def proxy_loss(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T): the layer's relative output error over H = mean of x x^T.
+
+    Args:
+        weight, approximation: [out, in]; hessian: [in, in] (GPTQ, arXiv 2210.17323, eq. 1).
+    """
+    error, weight, hessian = (x.double() for x in (weight - approximation, weight, hessian))
+    return (((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum()).item()
+
+
+def _perplexity(nll: Tensor, protocol: Protocol) -> Perplexity:
+    mean, error = mean_and_error(nll)
+    return Perplexity(math.exp(mean), math.exp(mean) * error, protocol)
+
+
+def _compare(ref_logits: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    ref, log_q = ref_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
+    kl = (ref.exp() * (ref - log_q)).sum(-1)
+    agree = (ref.argmax(-1) == log_q.argmax(-1)).float()
+    at = targets.unsqueeze(-1)
+    return kl, agree, -log_q.gather(-1, at).squeeze(-1), -ref.gather(-1, at).squeeze(-1)
+
+
+def _progress(protocol: Protocol, label: str) -> Iterator[tuple[Tensor, int]]:
+    batches = list(_batches(protocol))
+    return tqdm(batches, desc=label, delay=2, leave=False)
+
+
+def _batches(protocol: Protocol) -> Iterator[tuple[Tensor, int]]:
+    """Windows of one length and score stacked to [batch, time], at most BATCH_TOKENS each."""
+    stack: list[tuple[Tensor, int]] = []
+    for window, score in protocol.windows():
+        full = stack and (len(stack) + 1) * len(window) > BATCH_TOKENS
+        if full or (stack and (len(stack[0][0]), stack[0][1]) != (len(window), score)):
+            yield torch.stack([w for w, _ in stack]), stack[0][1]
+            stack = []
+        stack.append((window, score))
+    if stack:
+        yield torch.stack([w for w, _ in stack]), stack[0][1]
+
+
+def _halves(model: nn.Module):
+    """(hidden, head): a batch of windows to the states of its scored tokens, states to logits.
+
+    Raises ValueError for models whose logits are not a linear head applied to their last states.
+    """
+    weight = next(model.parameters())
+    if hasattr(model, "hidden"):
+        body, head = model.hidden, model.head
+    else:
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+
+        def body(tokens: Tensor) -> Tensor:
+            return decoder(input_ids=tokens).last_hidden_state
+
+        probe = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+        if not torch.allclose(head(body(probe)), model(input_ids=probe).logits, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{type(model).__name__} transforms its logits after the head")
+
+    def hidden(batch: tuple[Tensor, int]) -> Tensor:
+        tokens, score = batch
+        return body(tokens[:, :-1].to(weight.device))[:, -score:].flatten(0, 1).cpu()
+
+    return hidden, lambda states: head(states.to(weight.device)).cpu()
+
+
+def _targets(batch: tuple[Tensor, int]) -> Tensor:
+    tokens, score = batch
+    return tokens[:, -score:].flatten()
+
+
+def _chunks(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(HEAD_TOKENS)

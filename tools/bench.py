@@ -1,0 +1,68 @@
+"""Speed as a ratio to a peer measured in the same run: `make bench`.
+
+Round-to-nearest of a 4096 x 4096 Gaussian matrix by qlib, bitsandbytes and optimum-quanto, with
+the same number of threads. Calls are interleaved and each contestant's fastest one counts, so
+that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+import qlib
+
+
+def contestants(weight: torch.Tensor, group: int) -> dict[str, Callable[[], object]]:
+    """Name -> a call that quantizes `weight` to 4 bits in groups of `group`."""
+    import bitsandbytes.functional as bnb
+    from optimum.quanto import MaxOptimizer, qint4
+    from optimum.quanto.tensor import quantize_weight
+
+    def quanto():
+        scale, shift = MaxOptimizer()(weight, qtype=qint4, axis=0, group_size=group)
+        return quantize_weight(weight, qint4, 0, scale, shift, group_size=group)
+
+    nf4 = qlib.Scheme(qlib.format("nf4").grid, group, qlib.format("nf4").fit, torch.float32)
+    return {
+        "qlib int4 symmetric": lambda: qlib.quantize(weight, f"int4-g{group}"),
+        "qlib int4 asymmetric": lambda: qlib.quantize(weight, f"int4-g{group}-asym"),
+        "qlib nf4": lambda: qlib.quantize(weight, nf4),
+        "bitsandbytes nf4": lambda: bnb.quantize_4bit(weight, blocksize=group, quant_type="nf4"),
+        "quanto qint4": quanto,
+    }
+
+
+def fastest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each call's fastest round; the rounds are interleaved."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    for group in (128, 32):
+        best = fastest(contestants(weight, group), arguments.rounds)
+        print(f"round-to-nearest, 4096 x 4096, group {group}, {arguments.threads} threads")
+        print(f"{'':24}{'M weights/s':>12}{'/ bitsandbytes':>16}{'/ quanto':>10}")
+        for name, seconds in best.items():
+            ratios = [best[peer] / seconds for peer in ("bitsandbytes nf4", "quanto qint4")]
+            speed = weight.numel() / seconds / 1e6
+            print(f"{name:24}{speed:12.0f}{ratios[0]:16.2f}{ratios[1]:10.2f}")
+
+
+if __name__ == "__main__":
+    main()

