@@ -2,7 +2,7 @@
 
 from .errors import FormatError
 from .linear import QLinear
-from .metrics import Protocol, divergence, perplexity
+from .metrics import Protocol, Reference, divergence, perplexity
 from .presets import format, formats, quantize
 from .qtensor import QTensor
 from .recipe import Recipe, plan, quantize_model
@@ -11,3 +11,7 @@ from .texts import texts
 from .zoo import load, save
 
 __version__ = "0.1.0"
+
+__all__ = ["FormatError", "Protocol", "QLinear", "QTensor", "Recipe", "Reference", "Scheme"]
+__all__ += ["divergence", "format", "formats", "load", "perplexity", "plan", "quantize"]
+__all__ += ["quantize_model", "save", "texts"]

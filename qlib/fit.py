@@ -97,10 +97,11 @@ def pow2_even(
     blocks: Blocks, grid: Grid, importance: Blocks | None = None
 ) -> tuple[Scales, Scales | None]:
     """As `pow2_floor`, after rounding amax to the element's mantissa width."""
-    amax = _amax(blocks)
-    unit = _exp2(_floor_log2(amax) - _mantissa_bits(grid))
-    half_up = torch.where(unit > 0, (amax / unit + 0.5).floor() * unit, amax)
-    return _exp2(_floor_log2(half_up) - _emax(grid)), None
+    amax, bits = _amax(blocks), _mantissa_bits(grid)
+    mantissa, exponent = torch.frexp(amax)
+    # frexp's mantissa lies in [0.5, 1): if it rounds up to 1, the exponent grows by one.
+    carry = (mantissa * 2 ** (bits + 1) + 0.5).floor() >= 2 ** (bits + 1)
+    return _exp2(exponent - 1 + carry.int() - _emax(grid)), None
 
 
 def pow2_rceil(
@@ -112,8 +113,10 @@ def pow2_rceil(
 
 FITS: dict[str, Fit] = {
     fit.__name__: fit
-    for fit in (absmax, absmax_signed, minmax, mse, minmax_mse, absmean)
-    + (pow2_floor, pow2_ceil, pow2_even, pow2_rceil)
+    for fit in (
+        *(absmax, absmax_signed, minmax, mse, minmax_mse, absmean),
+        *(pow2_floor, pow2_ceil, pow2_even, pow2_rceil),
+    )
 }
 
 
@@ -123,11 +126,11 @@ def _amax(blocks: Tensor) -> Tensor:
 
 
 def _search(base: Fit, blocks: Tensor, grid: Grid, importance: Tensor | None):
-    """Try 40 ranges from all of `base`'s down to 40% of it; keep each block's best."""
+    """Try 60 ranges from all of `base`'s down to a tenth of it; keep each block's best."""
     full_scale, full_offset = base(blocks, grid, None)
     best = torch.full_like(full_scale, torch.inf)
     scale, offset = full_scale.clone(), None if full_offset is None else full_offset.clone()
-    for shrink in torch.linspace(1.0, 0.4, 40).tolist():
+    for shrink in torch.linspace(1.0, 0.1, 60).tolist():
         s = full_scale * shrink
         o = None if full_offset is None else full_offset * shrink
         error = _squared_error(blocks, grid, s, o, importance)

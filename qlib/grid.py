@@ -2,7 +2,8 @@
 
 A scalar format is nothing more than a table from code to value. Integers, minifloats, NF4 and
 ternary differ only in that table; the rounding rule is the same for all of them:
-**nearest value, ties to the even code, saturate at the ends.**
+**nearest value, ties to even, saturate at the ends.** Even means the even code, except on grids of
+consecutive integers, where it means the even integer (for int8 and all its kind that is the same).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Grid:
     def __post_init__(self):
         points = torch.as_tensor(self.points, dtype=torch.float32)
         if points.ndim != 1 or not 2 <= len(points) <= 65536:
-            raise ValueError(f"grid {self.name}: points must be [2..65536], got {list(points.shape)}")
+            raise ValueError(f"grid {self.name}: need 2 to 65536 points, got {list(points.shape)}")
         if points.isfinite().sum() < 2:
             raise ValueError(f"grid {self.name}: needs at least two finite points")
         object.__setattr__(self, "points", points)
@@ -50,7 +51,7 @@ class Grid:
         )
 
     def __hash__(self) -> int:
-        return hash((self.name, len(self.points)))
+        return hash((len(self.points), self.min, self.max))
 
     @property
     def bits(self) -> int:
@@ -75,7 +76,8 @@ class Grid:
     def round(self, x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Codes of the grid points nearest to `x`: uint8, or int32 on grids of over 256 codes.
 
-        Raises ValueError if `x` holds NaN; infinities saturate.
+        `x` is taken as float32 (float64 is rounded to it first). Infinities saturate.
+        Raises ValueError if `x` holds NaN.
         """
         x = x.float()
         if bool(torch.isnan(x).any()):
@@ -93,25 +95,25 @@ class Grid:
         return self._nearest(x)
 
     def _nearest(self, x: Tensor) -> Tensor:
-        rank = torch.bucketize(x, self._boundaries.to(x.device), out_int32=True)
+        rank = torch.bucketize(x.contiguous(), self._boundaries.to(x.device), out_int32=True)
         if self._codes_are_ranks:
             return rank.to(self._codes.dtype)
         return self._codes.to(x.device).index_select(0, rank.reshape(-1)).view(x.shape)
 
     @cached_property
     def _is_integer(self) -> bool:
-        """Consecutive integers in code order, at most 8 bits: rounding is plain arithmetic."""
+        """Consecutive integers, at most 256: plain arithmetic rounds them, ties to even integers."""
         steps = self.points.diff()
         whole = bool((self.points == self.points.round()).all())
         return len(self.points) <= 256 and bool((steps == 1).all()) and whole
 
     @cached_property
     def _is_mirrored(self) -> bool:
-        """The upper half of the codes is the lower half with the sign bit set (so -0 has a code)."""
+        """The upper half of the codes is the lower half with a sign bit, so -0 has a code."""
         lower, upper = self.points.tensor_split(2)
         lower, upper = lower.nan_to_num(nan=1e30), -upper.nan_to_num(nan=-1e30)
         same = len(self.points) % 2 == 0 and bool((lower == upper).all())
-        return same and lower[0] == 0
+        return same and bool(lower[0] == 0) and bool((lower >= 0).all())
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -265,10 +267,12 @@ TERNARY = Grid("ternary", torch.tensor([-1.0, 0.0, 1.0]))
 NF4 = Grid(
     "nf4",
     torch.tensor(
-        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-        + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
-        + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-        + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+        (
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        )
     ),
 )
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from .progress import bar
 
 # A chunk of logits over a 49k vocabulary is 12 MB; all logits of a text would be gigabytes.
 HEAD_TOKENS = 64
@@ -37,21 +38,21 @@ class Protocol:
 
     text: str
     tokens: Int[Tensor, " n"]
-    context: int = 512
-    stride: int = 512
+    context: int = 256
+    stride: int = 256
     bos: int | None = None
 
     def __post_init__(self):
-        if not 2 <= self.context or not 1 <= self.stride <= self.context:
+        if self.context < 2 or not 1 <= self.stride <= self.context:
             raise ValueError(
                 f"need 2 <= context and 1 <= stride <= context, got {self.context}, {self.stride}"
             )
         if self.tokens.ndim != 1 or len(self.tokens) < 2:
-            raise ValueError(f"a protocol needs at least 2 tokens [n], got {list(self.tokens.shape)}")
+            raise ValueError(f"a protocol needs 2 or more tokens, got {list(self.tokens.shape)}")
 
     @classmethod
     def of(
-        cls, tokenizer, text: str = "evaluation", tokens: int | None = 2048, context: int = 512,
+        cls, tokenizer, text: str = "evaluation", tokens: int | None = 2048, context: int = 256,
         stride: int | None = None, bos: bool = True,
     ) -> Protocol:  # fmt: skip
         """The first `tokens` tokens of a text that `qlib.texts` knows, or of a file.
@@ -65,6 +66,13 @@ class Protocol:
             raise ValueError(f"text {text!r} has {len(ids):,} tokens, {tokens:,} were asked for")
         start = tokenizer.bos_id if bos else None
         return cls(str(text), ids[:tokens], context, stride or context, start)
+
+    def same(self, other: Protocol) -> bool:
+        """Whether both score the same tokens in the same windows."""
+        mine, theirs = (
+            [(window.tolist(), score) for window, score in p.windows()] for p in (self, other)
+        )
+        return self is other or mine == theirs
 
     def __str__(self) -> str:
         start = "BOS" if self.bos is not None else "no BOS"
@@ -135,7 +143,7 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """Per scored token: KL in nats, top-1 agreement, and both negative log-likelihoods, [n] each."""
+    """Per scored token: KL in nats, top-1 agreement, both negative log-likelihoods; [n] each."""
 
     kl: Float[Tensor, " n"]
     agree: Float[Tensor, " n"]
@@ -196,7 +204,7 @@ def token_scores(
     """The per-token figures that `divergence` summarizes."""
     if not isinstance(reference, Reference):
         reference = Reference(reference, protocol)
-    if reference.protocol is not protocol:
+    if not reference.protocol.same(protocol):
         raise ValueError(f"the reference was made with another protocol: {reference.protocol}")
     hidden, head = _halves(model)
     rows = []
@@ -223,6 +231,8 @@ def snr_db(weight: Tensor, approximation: Tensor) -> float:
     20.0
     """
     noise = (weight.double() - approximation.double()).square().sum()
+    if noise == 0:
+        return math.inf
     return (10 * torch.log10(weight.double().square().sum() / noise)).item()
 
 
@@ -238,7 +248,9 @@ def proxy_loss(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
 
 def _perplexity(nll: Tensor, protocol: Protocol) -> Perplexity:
     mean, error = mean_and_error(nll)
-    return Perplexity(math.exp(mean), math.exp(mean) * error, protocol)
+    # Unlike math.exp this gives infinity, not an error, for a model that is ruined altogether.
+    value = torch.tensor(mean, dtype=torch.float64).exp().item()
+    return Perplexity(value, value * error, protocol)
 
 
 def _compare(ref_logits: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -250,8 +262,7 @@ def _compare(ref_logits: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def _progress(protocol: Protocol, label: str) -> Iterator[tuple[Tensor, int]]:
-    batches = list(_batches(protocol))
-    return tqdm(batches, desc=label, delay=2, leave=False)
+    return iter(bar(list(_batches(protocol)), label, "batch"))
 
 
 def _batches(protocol: Protocol) -> Iterator[tuple[Tensor, int]]:
@@ -282,7 +293,8 @@ def _halves(model: nn.Module):
             return decoder(input_ids=tokens).last_hidden_state
 
         probe = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
-        if not torch.allclose(head(body(probe)), model(input_ids=probe).logits, rtol=1e-3, atol=1e-3):
+        whole = model(input_ids=probe).logits
+        if not torch.allclose(head(body(probe)), whole, rtol=1e-3, atol=1e-3):
             raise ValueError(f"{type(model).__name__} transforms its logits after the head")
 
     def hidden(batch: tuple[Tensor, int]) -> Tensor:

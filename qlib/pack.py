@@ -70,7 +70,8 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, n: int) -> Int[Tenso
     _check_bits(bits)
     if packed.shape[-1] != math.ceil(n * bits / 8):
         need = math.ceil(n * bits / 8)
-        raise ValueError(f"{n} codes of {bits} bits need {need} bytes a row, got {packed.shape[-1]}")
+        found = packed.shape[-1]
+        raise ValueError(f"{n} codes of {bits} bits need {need} bytes a row, got {found}")
     if bits == 8:
         return packed
     if bits == 16:
@@ -98,7 +99,7 @@ def pack_trits(codes: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
     >>> pack_trits(torch.tensor([[2, 2, 2, 2, 2, 1]], dtype=torch.uint8))
     tensor([[242,   1]], dtype=torch.uint8)
     """
-    if codes.numel() and int(codes.max()) > 2:
+    if codes.numel() and (int(codes.max()) > 2 or int(codes.min()) < 0):
         raise ValueError("a ternary code must be 0, 1 or 2")
     runs = _pad(codes, TRITS_PER_BYTE).unflatten(-1, (-1, TRITS_PER_BYTE))
     powers = 3 ** torch.arange(TRITS_PER_BYTE, device=codes.device)

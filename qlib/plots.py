@@ -76,7 +76,9 @@ def show(fig: Figure, alt: str, caption: str | None = None) -> Shown:
     <figure: The error explodes below four bits.>
     """
     if not alt.strip():
-        raise ValueError("show: alt is empty; say what a reader who cannot see the figure must know")
+        raise ValueError(
+            "show: alt is empty; say what a reader who cannot see the figure must know"
+        )
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
@@ -91,7 +93,9 @@ def _inline(svg: str, alt: str) -> str:
     body = svg[opening.end() :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
     body = re.sub(r"font-family: ?[^;\"]*;? ?", "", body)
-    body = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), body)
+    body = re.sub(
+        r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), body
+    )
     body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><")
     for color, page in _PAGE.items():
         body = body.replace(color, page)
@@ -99,7 +103,9 @@ def _inline(svg: str, alt: str) -> str:
     prefix = "f" + hashlib.sha256((alt + body).encode()).hexdigest()[:8]
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
     pixels = width * 4 / 3
-    look = f"width: 100%; max-width: {pixels:.0f}px; min-width: {min(pixels, 340):.0f}px; height: auto"
+    look = (
+        f"width: 100%; max-width: {pixels:.0f}px; min-width: {min(pixels, 340):.0f}px; height: auto"
+    )
     return (
         f'<svg role="img" aria-label="{html.escape(alt)}" viewBox="0 0 {width:g} {height:g}" '
         f'style="{look}; stroke-linejoin: round; font-family: {_FONT}">{body}'
@@ -130,7 +136,9 @@ def _table_text(head: list[str], cells: list[list[str]], right: list[bool]) -> s
 def _table_html(head: list[str], cells: list[list[str]], right: list[bool], caption) -> str:
     def line(tag: str, texts: list[str]) -> str:
         sides = ("right" if flag else "left" for flag in right)
-        row = (f'<{tag} style="text-align: {s}">{html.escape(t)}</{tag}>' for t, s in zip(texts, sides))
+        row = (
+            f'<{tag} style="text-align: {s}">{html.escape(t)}</{tag}>' for t, s in zip(texts, sides)
+        )
         return f"<tr>{''.join(row)}</tr>"
 
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""

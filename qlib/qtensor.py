@@ -81,5 +81,5 @@ class QTensor:
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
-        return f"QTensor({self.format}, {shape}, {self.nbytes:,} bytes, {self.bits_per_weight:.4g} bpw)"
-
+        size = f"{self.nbytes:,} bytes, {self.bits_per_weight:.4g} bpw"
+        return f"QTensor({self.format}, {shape}, {size})"

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .linear import QLinear, replace_layer
 from .methods import METHODS
 from .metrics import snr_db
 from .presets import format as named_format
+from .progress import bar
 from .qtensor import Format, QTensor
 
 KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zeros", "offset": "zeros"}
@@ -158,16 +158,17 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in self.rows())
+        lines = (f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in self.rows())
         title = f"<caption>{len(self.layers)} layers quantized</caption>"
-        return f"<table>{title}<tbody>{cells}</tbody></table>"
+        return f"<table>{title}<tbody>{''.join(lines)}</tbody></table>"
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside the model's decoder blocks, by name.
 
     The blocks are found by structure, so any Hugging Face causal LM works: they are the longest
-    ModuleList that contains linear layers. Embeddings and the output head are not among them.
+    outermost ModuleList that contains linear layers (a list of experts lies inside a block).
+    Embeddings and the output head are not among them.
     Raises ValueError if there is no such list.
     """
     lists = {
@@ -177,7 +178,8 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
     if not lists:
         raise ValueError(f"{type(model).__name__} has no decoder blocks with unquantized nn.Linear")
-    prefix = max(lists, key=lambda name: len(lists[name]))
+    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    prefix = max(outermost, key=lambda name: len(lists[name]))
     found = lists[prefix].named_modules(prefix=prefix)
     return {name: module for name, module in found if _is_linear(module)}
 
@@ -196,14 +198,17 @@ def plan(model: nn.Module, recipe: str | Format | Recipe) -> Plan:
     layers = decoder_linears(model)
     for pattern, _ in recipe.rules:
         if not fnmatch.filter(layers, pattern):
-            raise ValueError(f"rule {pattern!r} matches no layer; names look like {next(iter(layers))}")
+            example = next(iter(layers))
+            raise ValueError(f"rule {pattern!r} matches no layer; names look like {example}")
     steps = tuple(_step(name, layer, recipe.choose(name)) for name, layer in layers.items())
     planned = {id(layer.weight) for layer in layers.values()}
-    others = [p for p in model.parameters() if id(p) not in planned]
-    others += list(model.buffers())
-    size = sum(p.numel() * p.element_size() for p in others)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in others})
-    return Plan(steps, size, sum(p.numel() for p in others), " and ".join(dtypes))
+    packed = [module.weight for module in model.modules() if isinstance(module, QLinear)]
+    planned |= {id(part) for q in packed for part in q.parts.values()}
+    others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in planned]
+    size = sum(t.numel() * t.element_size() for t in others) + sum(q.nbytes for q in packed)
+    weights = sum(t.numel() for t in others) + sum(math.prod(q.shape) for q in packed)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in others})
+    return Plan(steps, size, weights, " and ".join(dtypes))
 
 
 def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
@@ -211,7 +216,7 @@ def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
     shape = tuple(weight.shape)
     if weight.numel() == 0:
         raise ValueError(f"{name} {list(shape)}: the weight is empty; leave it out with a rule")
-    if not bool(weight.isfinite().all()):
+    if format is not None and not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{name} {list(shape)}: {bad} NaN or infinite weights; repair them first")
     dense = weight.numel() * weight.element_size()
@@ -241,7 +246,7 @@ def quantize_model(
     report = Report(planned)
     start = time.perf_counter()
     todo = [step for step in planned.steps if step.format is not None]
-    for step in tqdm(todo, desc="quantizing", unit="layer", delay=2, disable=not progress):
+    for step in bar(todo, "quantizing", "layer", progress):
         layer = model.get_submodule(step.layer)
         try:
             q = choose_codes(layer.weight, step.format)

@@ -59,6 +59,13 @@ class Scheme:
             raise ValueError(f'block must be a positive int, "row" or "tensor", got {self.block!r}')
         if isinstance(self.offset, Grid) and not self.grid.name.startswith(("int", "uint")):
             raise ValueError(f"an integer zero point needs an integer grid, got {self.grid.name}")
+        if 8 < self.grid.bits < 16:
+            raise ValueError(f"codes have 1 to 8 or 16 bits, got a grid of {self.grid.bits}")
+        for storage in (self.scale, self.offset):
+            if isinstance(storage, Grid) and (storage.name == "ternary" or not _is_known(storage)):
+                raise ValueError(f"scales and offsets cannot be stored on the grid {storage.name}")
+            if isinstance(storage, Scheme) and not storage.is_standard:
+                raise ValueError("scales and offsets cannot be stored on a learned grid")
 
     def __str__(self) -> str:
         parts = [self.grid.name, f"block {self.block}", self.fit.__name__]
@@ -114,7 +121,7 @@ class Scheme:
         """The stored tensors of fitted scales and offsets, [rows, blocks] each."""
         parts = _store("scale", scale, self.scale)
         if not self.is_standard:
-            parts["grid"] = self.grid.points
+            parts["grid"] = self.grid.points.clone()
         if isinstance(self.offset, Grid):
             # The zero point belongs to the scale that will be read back, not to the fitted one.
             kept = _read("scale", parts, self.scale, scale.shape)
@@ -188,7 +195,7 @@ class Scheme:
     @property
     def is_standard(self) -> bool:
         """False for a learned grid: its points are stored, and count, with every tensor."""
-        return GRIDS.get(self.grid.name) == self.grid
+        return _is_known(self.grid)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` as the matrix whose rows are cut into blocks."""
@@ -224,6 +231,10 @@ class Scheme:
             yield slice(0, whole * size), slice(0, whole), size
         if cols % size:
             yield slice(whole * size, cols), slice(whole, whole + 1), cols % size
+
+
+def _is_known(grid: Grid) -> bool:
+    return GRIDS.get(grid.name) == grid
 
 
 def _checked(weight: Tensor) -> Tensor:

@@ -28,14 +28,15 @@ class Row:
     top1: float
     perplexity: float
     perplexity_error: float
+    reference_perplexity: float
     seconds: float
     check_kl: float
 
 
 def protocols(tokenizer: Tokenizer, tokens: int | None) -> tuple[Protocol, Protocol]:
     """(the board's protocol over `tokens` tokens, the short one that `check` repeats)."""
-    full = Protocol.of(tokenizer, "evaluation", tokens=tokens, context=512)
-    return full, Protocol.of(tokenizer, "evaluation", tokens=CHECK_TOKENS, context=512)
+    full = Protocol.of(tokenizer, "evaluation", tokens=tokens)
+    return full, Protocol.of(tokenizer, "evaluation", tokens=CHECK_TOKENS)
 
 
 def measure(
@@ -55,6 +56,7 @@ def measure(
         full.top1,
         full.perplexity.value,
         full.perplexity.standard_error,
+        full.reference_perplexity.value,
         report.seconds,
         short.kl,
     )
@@ -65,7 +67,7 @@ def check(row: dict, model: nn.Module, tokenizer: Tokenizer) -> float:
 
     Raises AssertionError if the bits differ at all or the KL by more than 5%.
     """
-    short = Protocol.of(tokenizer, "evaluation", tokens=CHECK_TOKENS, context=512)
+    short = Protocol.of(tokenizer, "evaluation", tokens=CHECK_TOKENS)
     reference = Reference(model, short)
     with quantized(model, row["format"], progress=False) as report:
         kl = divergence(reference, model, short).kl

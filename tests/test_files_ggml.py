@@ -22,7 +22,7 @@ def bits(values):
 
 def oracle(name, raw, columns):
     kind = getattr(GGMLQuantizationType, name)
-    rows = np.ascontiguousarray(raw.reshape(-1, columns // BY_NAME[name].block * BY_NAME[name].size))
+    rows = raw.reshape(-1, columns // BY_NAME[name].block * BY_NAME[name].size)
     with np.errstate(all="ignore"):
         theirs = quants.dequantize(rows, kind)
     return theirs.astype(np.float32).reshape(-1, columns)
@@ -84,7 +84,8 @@ def test_float32_is_copied():
 
 
 def test_table_of_types_equals_ggufs():
-    theirs = {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+    sizes = gguf.GGML_QUANT_SIZES
+    theirs = {kind.value: (kind.name, *sizes[kind]) for kind in GGMLQuantizationType}
     ours = {kind.id: (kind.name, kind.block, kind.size) for kind in ggml.TYPES.values()}
     for number, row in theirs.items():
         # A newer or older gguf may not know a type; Q8_1 has two sizes in ggml's history.

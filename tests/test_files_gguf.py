@@ -227,9 +227,9 @@ BAD = {
     ),
     "overlap": (
         pack([], [info("w", (16,)), info("v", (16,), 0, 32)], b"\0" * 128),
-        "v' at byte 160: overlaps tensor 'w'",
+        "v' at byte 128: overlaps tensor 'w'",
     ),
-    "truncated": (GOOD[:-1], "h' at byte 608: its 6 bytes end after the file, which has 613"),
+    "truncated": (GOOD[:-1], "h' at byte 544: its 6 bytes end after the file, which has 549"),
 }
 
 

@@ -24,21 +24,29 @@ class Boxes(SphinxTransform):
 
     def apply(self) -> None:
         for quote in list(self.document.findall(nodes.block_quote)):
-            first = quote[0] if len(quote) else None
-            if not isinstance(first, nodes.paragraph) or not isinstance(first[0], nodes.strong):
+            first = quote.next_node(nodes.paragraph)
+            # The Markdown parser leaves empty texts around inline marks.
+            words = [node for node in first or [] if node.astext()]
+            if not words or not isinstance(words[0], nodes.strong):
                 continue
-            kind = BOXES.get(first[0].astext().split()[0].rstrip(".:"))
+            kind = BOXES.get(words[0].astext().split()[0].rstrip(".:"))
             if kind:
-                self._replace(quote, first, kind)
+                quote.replace_self(box(quote, first, words, kind))
 
-    def _replace(self, quote: nodes.block_quote, first: nodes.paragraph, kind: str) -> None:
-        title = nodes.title("", "", *first.pop(0).children)
-        if isinstance(title[-1], nodes.Text):
-            title[-1] = nodes.Text(title[-1].rstrip(".: "))
-        if len(first) and isinstance(first[0], nodes.Text):
-            first[0] = nodes.Text(first[0].lstrip())
-        body = [child for child in quote.children if child is not first or len(first)]
-        quote.replace_self(nodes.admonition("", title, *body, classes=[kind, "bw-box"]))
+
+def box(
+    quote: nodes.block_quote, first: nodes.paragraph, words: list[nodes.Node], kind: str
+) -> nodes.admonition:
+    """The quote as an admonition: the bold words are its title, what follows them its first line."""
+    title = nodes.title("", "", *words[0].children)
+    if isinstance(title[-1], nodes.Text):
+        title[-1] = nodes.Text(title[-1].rstrip(".: "))
+    rest = words[1:]
+    if rest and isinstance(rest[0], nodes.Text):
+        rest[0] = nodes.Text(rest[0].lstrip())
+    opening = [nodes.paragraph("", "", *rest)] if rest else []
+    others = [child for child in quote.children if child is not first]
+    return nodes.admonition("", title, *opening, *others, classes=[kind, "bw-box"])
 
 
 def derive_addresses(app, config) -> None:

@@ -6,6 +6,7 @@ python tools/nbcheck.py [--fix] [FILE ...]      --fix writes the setup lines and
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbrun import replace
-from notebooks import ROOT, VIEW, WIDGETS, listed, normalize, read, setup_lines, text
+from notebooks import VIEW, WIDGETS, listed, normalize, read, setup_lines, text
 
 LINE, CELL, MEDIAN, P90 = 80, 20, 5, 12
 DIRECTIVE = re.compile(r"^\s*(:{3,}|`{3,}\s*\{)|\{[a-z:_-]+\}`|^\([\w-]+\)=$", re.M)
@@ -129,7 +130,7 @@ def main() -> int:
             fix(path)
         for problem in problems(path):
             found += 1
-            print(f"{path.relative_to(ROOT)}: {problem}")
+            print(f"{os.path.relpath(path)}: {problem}")
     return bool(found)
 
 

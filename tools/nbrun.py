@@ -17,12 +17,13 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from notebooks import ENVIRONMENT, RECORD, ROOT, listed, normalize, read, text
-
-DATA = ("qlib/data", "book/results")
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from notebooks import RECORD, ROOT, listed, normalize, prepare_environment, read, text
 
 # Runs as the last cell and is then removed: which files did this kernel import?
 PROBE = """
@@ -32,15 +33,18 @@ print(_json.dumps([m.__file__ for m in list(_sys.modules.values()) if getattr(m,
 
 
 def digest(notebook: nbformat.NotebookNode, files: list[str]) -> str:
-    """One hash over the notebook's code and the named files, missing ones included."""
-    total = hashlib.sha256()
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            total.update(cell.source.strip("\n").encode() + b"\0")
-    data = (str(p.relative_to(ROOT)) for d in DATA for p in (ROOT / d).rglob("*") if p.is_file())
-    for name in sorted({*files, *data}):
-        path = ROOT / name
-        total.update(name.encode() + (path.read_bytes() if path.exists() else b"missing"))
+    """One hash over the notebook's code, the named files and the data that they can read."""
+    code = [cell.source.strip("\n").encode() for cell in notebook.cells if cell.cell_type == "code"]
+    named = {name: ROOT / name for name in files}
+    content = {name: p.read_bytes() if p.exists() else b"missing" for name, p in named.items()}
+    text = b"\0".join([*code, *content.values()])
+    for path in sorted((ROOT / "qlib/data").rglob("*")) + sorted((ROOT / "book/results").glob("*.json")):
+        # A result matters only to those who name it; the shipped texts and models, to all.
+        if path.is_file() and (path.parent.name != "results" or path.stem.encode() in text):
+            content[str(path.relative_to(ROOT))] = path.read_bytes()
+    total = hashlib.sha256(text)
+    for name in sorted(content):
+        total.update(name.encode() + hashlib.sha256(content[name]).digest())
     return total.hexdigest()[:16]
 
 
@@ -61,28 +65,47 @@ def own_files(imported: list[str]) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in own)
 
 
-def execute(path: Path) -> tuple[Path, bool, float]:
-    """Run one notebook and write its normal form; say whether the file changed, and the seconds."""
-    from nbclient import NotebookClient
+@dataclass(frozen=True)
+class Run:
+    """What came of executing one notebook."""
 
-    os.environ.update(ENVIRONMENT)
+    path: Path
+    changed: bool
+    seconds: float
+    error: str = ""
+
+    def __str__(self) -> str:
+        state = "FAIL" if self.error else "new " if self.changed else "same"
+        return f"{state} {self.seconds:5.1f} s  {os.path.relpath(self.path)}\n{self.error}".rstrip()
+
+
+def execute(path: Path) -> Run:
+    """Run one notebook and write its normal form; a notebook that raises stays as it was."""
     start = time.perf_counter()
+    notebook = blank(path)
+    notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
+    place = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", record_timing=False, resources=place
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        return Run(path, False, time.perf_counter() - start, str(error))
+    files = own_files(json.loads(notebook.cells.pop().outputs[0]["text"]))
+    notebook.metadata[RECORD] = {"digest": digest(notebook, files), "files": files}
+    changed = replace(path, text(normalize(notebook)))
+    return Run(path, changed, time.perf_counter() - start)
+
+
+def blank(path: Path) -> nbformat.NotebookNode:
+    """The notebook without its outputs and widget state."""
     notebook = read(path)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
-    NotebookClient(
-        notebook,
-        timeout=600,
-        kernel_name="python3",
-        record_timing=False,
-        resources={"metadata": {"path": str(path.parent)}},
-    ).execute()
-    files = own_files(json.loads(notebook.cells.pop().outputs[0]["text"]))
-    notebook.metadata[RECORD] = {"digest": digest(notebook, files), "files": files}
-    return path, replace(path, text(normalize(notebook))), time.perf_counter() - start
+    return notebook
 
 
 def replace(path: Path, content: str) -> bool:
@@ -106,13 +129,16 @@ def main() -> int:
     todo = [path for path in paths if options.force or is_stale(path)]
     if options.check:
         for path in todo:
-            print(f"stale: {path.relative_to(ROOT)}")
-        return bool(todo)
+            print(f"stale: {os.path.relpath(path)}")
+        return int(bool(todo))
+    prepare_environment()
     with ProcessPoolExecutor(options.j) as pool:
-        for path, changed, seconds in pool.map(execute, todo):
-            print(f"{'new ' if changed else 'same'} {seconds:5.1f} s  {path.relative_to(ROOT)}", flush=True)
+        failed = 0
+        for run in pool.map(execute, todo):
+            failed += bool(run.error)
+            print(run, flush=True)
     print(f"{len(todo)} of {len(paths)} notebooks executed; the others are up to date")
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

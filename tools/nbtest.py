@@ -5,14 +5,13 @@ python tools/nbtest.py [FILE ...]      all notebooks of _toc.yml without argumen
 
 from __future__ import annotations
 
-import os
 import sys
 
 import pytest
-from notebooks import ENVIRONMENT, ROOT, listed
+from notebooks import ROOT, listed, prepare_environment
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
+    prepare_environment()
     files = sys.argv[1:] or [str(path) for path in listed()]
     # One worker takes a whole notebook: its cells share a kernel.
     workers = ["-n", "2", "--dist", "loadfile"] if len(files) > 1 else []

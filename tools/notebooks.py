@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Every execution sees the same environment, so that outputs do not depend on who runs it.
+# Every execution sees the same environment, so that outputs do not depend on who runs it: neither threads,
+# nor the start-up files of the reader's own IPython.
+IPYTHON = ROOT / "_build/ipython"
 ENVIRONMENT = {
+    "IPYTHONDIR": str(IPYTHON),
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -25,6 +30,16 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 RECORD = "bits_per_weight"
 HEX_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 SOLUTION = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
+
+
+def prepare_environment() -> None:
+    """Set what the kernels will inherit."""
+    os.environ.update(ENVIRONMENT)
+    profile = IPYTHON / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    # Kernels here are started and stopped by a tool on the same machine; their hint about networks is noise.
+    settings = 'c.IPKernelApp.log_level = "ERROR"\nc.HistoryManager.enabled = False\n'
+    (profile / "ipython_kernel_config.py").write_text(f"c = get_config()\n{settings}")
 
 
 def listed() -> list[Path]:
@@ -85,8 +100,6 @@ def _normalize_cell(cell: dict, seen: dict[str, int]) -> None:
 
 def _cell_id(cell: dict, seen: dict[str, int]) -> str:
     """An id made of the content: stable when other cells come and go."""
-    import hashlib
-
     name = hashlib.sha256((cell["cell_type"] + cell["source"]).encode()).hexdigest()[:8]
     seen[name] = seen.get(name, 0) + 1
     return name if seen[name] == 1 else f"{name}-{seen[name]}"

@@ -12,15 +12,15 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import platform
 from pathlib import Path
 
 import torch
 
 import qlib
+from qlib.files.atomic import replacing
 from qlib.metrics import Reference
-from qlib.scoreboard import measure, protocols
+from qlib.scoreboard import Row, measure, protocols
 
 RESULTS = Path(__file__).parents[1] / "book" / "results" / "scoreboard.json"
 TOKENS = 12_288
@@ -45,34 +45,45 @@ def main() -> None:
 
 def run(name: str, tokens: int, fresh: bool) -> None:
     """Measure one model and write each row as soon as it is known."""
-    board = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
-    rows = {(row["model"], row["format"]): row for row in board["rows"]}
     model, tokenizer = qlib.load(name)
     full, short = protocols(tokenizer, tokens)
-    references = None
-    for format in FORMATS:
-        if (name, format) in rows and not fresh:
-            continue
-        references = references or (Reference(model, full), Reference(model, short))
+    board = read()
+    same = board["protocol"].get(name) == str(full)
+    done = [row["format"] for row in board["rows"] if row["model"] == name]
+    todo = [format for format in FORMATS if fresh or not same or format not in done]
+    if not todo:
+        return
+    references = Reference(model, full), Reference(model, short)
+    for format in todo:
         row = measure(name, model, format, references)
         print(f"{name} {format}: {row.bits_per_weight:.3f} bpw, KL {row.kl:.4g}", flush=True)
-        rows[name, format] = dataclasses.asdict(row)
-        write(rows, name, str(full))
+        write(row, str(full))
 
 
-def write(rows: dict, name: str, protocol: str) -> None:
-    """Replace the board, keeping the protocol of the other model."""
-    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+def read() -> dict:
+    """The board as it is, or an empty one."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"protocol": {}, "rows": []}
+
+
+def write(row: Row, protocol: str) -> None:
+    """Put one row on the board; rows of the same model under another protocol go."""
+    board = read()
+    stale = board["protocol"].get(row.model) != protocol
+    kept = {
+        (old["model"], old["format"]): old
+        for old in board["rows"]
+        if not (stale and old["model"] == row.model)
+    }
+    kept[row.model, row.format] = dataclasses.asdict(row)
     board = {
         "command": "tools/scoreboard.py",
         "date": datetime.date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), torch {torch.__version__.split('+')[0]}, float32",
-        "protocol": old.get("protocol", {}) | {name: protocol},
-        "rows": list(rows.values()),
+        "protocol": board["protocol"] | {row.model: protocol},
+        "rows": list(kept.values()),
     }
-    temporary = RESULTS.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(board, indent=1) + "\n")
-    os.replace(temporary, RESULTS)
+    with replacing(RESULTS) as temporary:
+        temporary.write_text(json.dumps(board, indent=1) + "\n")
 
 
 if __name__ == "__main__":

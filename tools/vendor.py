@@ -27,6 +27,7 @@ document.addEventListener("DOMContentLoaded", () => {
     if (!name) continue;
     const [width, height, path] = ICONS[name.slice(3)];
     const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    for (const { name, value } of old.attributes) icon.setAttribute(name, value);
     icon.setAttribute("class", `svg-inline--fa ${old.className}`);
     icon.setAttribute("viewBox", `0 0 ${width} ${height}`);
     icon.setAttribute("aria-hidden", "true");
@@ -76,7 +77,10 @@ def vendor_mathjax() -> None:
     shutil.copy(source / "tex-chtml.js", target)
 
 
-if __name__ == "__main__":
-    STATIC.mkdir(exist_ok=True)
+def main() -> None:
     vendor_icons()
     vendor_mathjax()
+
+
+if __name__ == "__main__":
+    main()

@@ -56,11 +56,15 @@ def assemble(
     Raises FormatError for a tensor that is missing, left over, or of another shape.
     """
     names = _check(path, config, shapes)
-    # On the meta device a module has shapes and no memory.
-    with torch.device("meta"), _Uninitialized():
-        model = Decoder(config)
+    model = empty_decoder(config)
     model.load_state_dict({name: read(name) for name in names}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def empty_decoder(config: Config) -> Decoder:
+    """A decoder on the meta device: it has shapes and no memory, until tensors are assigned."""
+    with torch.device("meta"), _Uninitialized():
+        return Decoder(config)
 
 
 class _Uninitialized(TorchFunctionMode):

@@ -22,7 +22,7 @@ class GgmlType:
     size: int
 
 
-_ROWS = """
+_TABLE = """
 F32 0 1 4       F16 1 1 2       BF16 30 1 2     F64 28 1 8
 I8 24 1 1       I16 25 1 2      I32 26 1 4      I64 27 1 8
 Q4_0 2 32 18    Q4_1 3 32 20    Q5_0 6 32 22    Q5_1 7 32 24    Q8_0 8 32 34    Q8_1 9 32 36
@@ -31,11 +31,11 @@ IQ2_XXS 16 256 66   IQ2_XS 17 256 74    IQ2_S 22 256 82     IQ3_XXS 18 256 98   
 IQ1_S 19 256 50     IQ1_M 29 256 56     IQ4_NL 20 32 18     IQ4_XS 23 256 136
 TQ1_0 34 256 54     TQ2_0 35 256 66     MXFP4 39 32 17      NVFP4 40 64 36
 Q1_0 41 128 18      Q2_0 42 64 18
-""".split()
-
+"""
+_CELLS = iter(_TABLE.split())
 TYPES: dict[int, GgmlType] = {
     int(number): GgmlType(name, int(number), int(block), int(size))
-    for name, number, block, size in zip(*(iter(_ROWS),) * 4, strict=True)
+    for name, number, block, size in zip(_CELLS, _CELLS, _CELLS, _CELLS)
 }
 
 

@@ -49,9 +49,7 @@ def save_tensors(
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", **metadata})
 
 
-def load_tensors(
-    path: str | os.PathLike, names: Iterable[str] | None = None
-) -> dict[str, QTensor]:
+def load_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, QTensor]:
     """The quantized tensors of a file (or only those in `names`).
 
     Raises FormatError, naming file and field, unless every part has exactly the dtype, shape and
@@ -71,7 +69,8 @@ def load_dense(path: str | os.PathLike) -> dict[str, Tensor]:
     with _open(path) as file:
         described = _described(path, file.metadata() or {})
         owned = tuple(f"{name}." for name in described)
-        return {key: file.get_tensor(key) for key in file.keys() if not key.startswith(owned)}
+        names = [key for key in file.keys() if not key.startswith(owned)]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
 
 
 def scheme_to_dict(scheme: Scheme) -> dict:
@@ -178,9 +177,20 @@ def _load_one(path, file, name: str, data) -> QTensor:
         if _key(name, part) not in present:
             raise FormatError(path, _key(name, part), "missing")
         parts[part] = _load_part(path, file, _key(name, part), dtype, size)
-    if int(scheme.unpack(parts["codes"], shape).max()) >= len(scheme.grid.points):
-        raise FormatError(path, _key(name, "codes"), "holds a code beyond the end of its grid")
+    _check_values(path, name, scheme, parts, shape)
     return QTensor(scheme, tuple(shape), parts)
+
+
+def _check_values(path, name: str, scheme: Scheme, parts: Mapping[str, Tensor], shape) -> None:
+    codes = scheme.unpack(parts["codes"], shape)
+    if int(codes.max()) >= len(scheme.grid.points):
+        raise FormatError(path, _key(name, "codes"), "holds a code beyond the end of its grid")
+    special = not bool(scheme.grid.points.isfinite().all())
+    if special and not bool(scheme.grid.decode(codes).isfinite().all()):
+        raise FormatError(path, _key(name, "codes"), "holds a code that stands for no number")
+    for field, values in zip(("scale", "offset"), scheme.read(parts, shape)):
+        if values is not None and not bool(values.isfinite().all()):
+            raise FormatError(path, _key(name, field), "holds NaN or infinite values")
 
 
 def _load_part(path, file, key: str, dtype: torch.dtype, size: tuple[int, ...]) -> Tensor:

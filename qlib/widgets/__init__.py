@@ -25,8 +25,10 @@ class BookWidget(anywidget.AnyWidget):
     """
 
     def __init_subclass__(cls, **kwargs):
-        path = Path(sys.modules[cls.__module__].__file__)
-        cls._esm, cls._css = _source(path, ".js"), _source(path, ".css")
+        # anywidget subclasses each class once more, with `_esm` as a trait: leave that one alone.
+        if "_esm" not in cls.__dict__:
+            path = Path(sys.modules[cls.__module__].__file__)
+            cls._esm, cls._css = _source(path, ".js"), _source(path, ".css")
         super().__init_subclass__(**kwargs)
 
     def __repr__(self) -> str:

@@ -15,9 +15,9 @@ document.addEventListener("DOMContentLoaded", () => {
     frame.append(table);
   }
 
-  // What scrolls sideways must be reachable by keyboard.
+  // What scrolls sideways must be reachable by keyboard; the theme sees to code itself.
   const reach = () => {
-    for (const box of all(".bd-article pre, .bw-scroll, .bw-figure, div.math")) {
+    for (const box of all(".bw-scroll, .bw-figure, div.math mjx-container")) {
       if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     }

@@ -1,0 +1,58 @@
+# Every target makes .venv itself: one stamp file, renewed when the pinned requirements change.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+SITE := _build/html/index.html
+PORT ?= 8000
+TESTS ?= tests qlib
+
+.PHONY: book test serve bench gpu lint clean
+.DELETE_ON_ERROR:
+
+# Execute what is stale (FRESH=1: everything), build the site, say where it is.
+book: $(STAMP)
+	$(PY) tools/nbrun.py $(if $(FRESH),--force)
+	$(PY) tools/build_site.py
+
+# Unit, property, documentation and kernel tests; then every notebook is recomputed and compared.
+test: $(STAMP)
+	$(PY) -m pytest -q -n 2 $(TESTS)
+	$(PY) tools/nbtest.py
+
+$(SITE): | $(STAMP)
+	$(MAKE) book
+
+# Open the site in a browser; Ctrl-C stops.
+serve: $(SITE)
+	$(PY) tools/build_site.py --serve $(PORT)
+
+# Speed as a ratio to other libraries, measured in one run.
+bench: $(VENV)/bench
+	$(PY) tools/bench.py
+
+# The tests that need an NVIDIA GPU.
+gpu: $(STAMP)
+	@$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: torch sees no CUDA device'"
+	$(PY) -m pytest -q tests/gpu
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/nbcheck.py
+	$(PY) tools/nbrun.py --check
+
+# Everything that can be made again; the environment stays (remove .venv to renew it too).
+clean:
+	rm -rf _build build dist *.egg-info site_static/vendor site_static/scripts
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(STAMP): requirements.txt requirements-model.txt pyproject.toml tools/setup_env.py
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.10 or newer, or say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) tools/setup_env.py
+	@touch $@
+
+$(VENV)/bench: $(STAMP) requirements-bench.txt
+	$(PY) -m pip install -qq -c requirements.txt -r requirements-bench.txt
+	@touch $@

@@ -1,0 +1,197 @@
+"""The shape of the code: what imports what, how long files and functions are, and what must not be in them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The library reads top-down: a file imports, when it is imported, only from the files above it here. The number is its budget of lines.
+ORDER = {
+    "qlib.errors": 60,
+    "qlib.progress": 40,
+    "qlib.texts": 60,
+    "qlib.grid": 300,
+    "qlib.pack": 150,
+    "qlib.fit": 200,
+    "qlib.qtensor": 120,
+    "qlib.scheme": 300,
+    "qlib.presets": 150,
+    "qlib.metrics": 300,
+    "qlib.kernels": 20,
+    "qlib.kernels.dispatch": 100,
+    "qlib.linear": 100,
+    "qlib.config": 120,
+    "qlib.model": 220,
+    "qlib.transform": 120,
+    "qlib.tokenizer": 60,
+    "qlib.files": 10,
+    "qlib.files.atomic": 50,
+    "qlib.files.ggml": 150,
+    "qlib.files.gguf": 300,
+    "qlib.files.assemble": 120,
+    "qlib.files.native": 250,
+    "qlib.files.hf": 300,
+    "qlib.files.gguf_llama": 250,
+    "qlib.files.checkpoint": 100,
+    "qlib.zoo": 200,
+    "qlib.methods.rtn": 40,
+    "qlib.methods": 30,
+    "qlib.recipe": 300,
+    "qlib.scoreboard": 100,
+    "qlib.shapes": 200,
+    "qlib.plan": 150,
+    "qlib": 40,
+    "qlib.plots": 150,
+    "qlib.widgets": 60,
+}
+FUNCTION = 40
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = ["qlib", *parts] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(p): p for d in ("qlib", "kernels") for p in sorted((ROOT / d).rglob("*.py"))}
+# Widgets stand below everything and do not import each other.
+WIDGETS = [name for name in FILES if name.startswith("qlib.widgets.")]
+
+
+def immediate(body: list[ast.stmt]):
+    """The import statements that run when the module is imported: not those in functions or for type checkers."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
+            yield from immediate(node.body + node.orelse)
+        elif isinstance(node, ast.Try | ast.With):
+            yield from immediate(node.body)
+
+
+def imported(source: str, name: str, is_package: bool = False) -> set[str]:
+    """The modules of this project that the source imports at once, by full name."""
+    package = name if is_package else name.rpartition(".")[0]
+    found = set()
+    for node in immediate(ast.parse(source).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        up = package.rsplit(".", node.level - 1)[0] if node.level else ""
+        base = ".".join(part for part in (up, node.module) if part)
+        found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names}
+    return {module for module in found if module.split(".")[0] == "qlib"} - {name}
+
+
+def out_of_order(source: str, name: str, is_package: bool = False) -> list[str]:
+    """The imports that point down the list, or to a file that it does not name."""
+    order = [*ORDER, *WIDGETS]
+    above = order[: order.index(name)]
+    return sorted(imported(source, name, is_package) - set(above))
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions of more than FUNCTION lines, their docstrings not counted."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            doc = ast.get_docstring(node) is not None
+            lines = node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1) * doc
+            if lines > FUNCTION:
+                found.append(f"{node.name}: {lines} lines")
+    return found
+
+
+def test_every_file_has_its_place():
+    assert set(FILES) - set(WIDGETS) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_up(name):
+    path = FILES[name]
+    assert out_of_order(path.read_text(), name, path.name == "__init__.py") == []
+
+
+def test_import_that_points_down_is_found():
+    assert out_of_order("from .scheme import Scheme", "qlib.grid") == ["qlib.scheme"]
+    assert out_of_order("from . import zoo", "qlib.grid") == ["qlib.zoo"]
+    assert out_of_order("from ..zoo import load", "qlib.files.gguf") == ["qlib.zoo"]
+    assert out_of_order("def f():\n    from .scheme import Scheme", "qlib.grid") == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_length(name):
+    source = FILES[name].read_text()
+    assert len(source.splitlines()) <= ORDER.get(name, 150), "split it, or argue for a larger budget in ORDER"
+    assert long_functions(source) == []
+
+
+def test_long_function_is_found():
+    body = "    x = 1\n"
+    assert long_functions("def f():\n" + body * 39) == []
+    assert long_functions("def f():\n" + body * 40) == ["f: 41 lines"]
+
+
+# Written apart, so that this file does not contain what it looks for.
+FORBIDDEN = {
+    "a path of one machine": r"(?<![\w.])/(?:wo" r"rk|far" r"m|home/\w+|root)/|\.\./shar" r"ed",
+    "an unfinished thought": r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b",
+    "a swallowed exception": r"except[^:\n]*:\s*pas" r"s\b",
+    "pickle, which executes what it reads": r"\bimport pick" r"le\b",
+}
+TEXTS = [".py", ".md", ".ipynb", ".yml", ".toml", ".txt", ".js", ".css", ".cff", ".cfg", ".bib", ".json"]
+PLACES = ["qlib", "kernels", "tests", "tools", "book", "site_static/css", "site_static/js", ".ci", ".github"]
+
+
+def forbidden(text: str) -> list[str]:
+    return [f"{what}: {m[0]!r}" for what, bad in FORBIDDEN.items() for m in re.finditer(bad, text)]
+
+
+def test_nothing_forbidden_in_any_file():
+    paths = [path for place in PLACES for path in (ROOT / place).rglob("*") if path.is_file()]
+    paths += [path for path in ROOT.iterdir() if path.is_file()]
+    texts = [p for p in paths if p.suffix in TEXTS or p.name in ("Makefile", "run")]
+    # The corpus of the shipped texts is prose: it may say what it likes.
+    texts = [path for path in texts if path.parent != ROOT / "qlib/data"]
+    assert len(texts) > 40
+    found = {str(p.relative_to(ROOT)): bad for p in texts if (bad := forbidden(p.read_text("utf-8")))}
+    assert found == {}
+
+
+def test_forbidden_text_is_found():
+    assert forbidden("x = open('/ro" "ot/data')") == ["a path of one machine: '/ro" "ot/'"]
+    assert len(forbidden("# TO" "DO: later\ntry:\n    f()\nexcept OSError:\n    pas" "s\n")) == 2
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter, started in the root as a user would."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_import_is_light():
+    heavy = "transformers matplotlib numba triton ipywidgets anywidget IPython huggingface_hub".split()
+    code = f"import sys, qlib; print([name for name in {heavy} if name in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_import_takes_less_than_half_of_torch_more():
+    timed = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    runs = [[float(python(timed.format(name))) for name in ("torch", "qlib")] for _ in range(3)]
+    torch_alone, with_qlib = (min(column) for column in zip(*runs))
+    assert with_qlib < 1.5 * torch_alone
+
+
+def test_kernels_folder_does_not_disturb_transformers():
+    """Hugging Face looks for a package called kernels and runs whatever lies at that name."""
+    assert python("import kernels, transformers; print(transformers.LlamaConfig.model_type)") == "llama"
+    assert python("import qlib.kernels as k, kernels; print(k.__file__ == kernels.__file__)") == "True"
