@@ -17,7 +17,7 @@ book: $(STAMP)
 
 # Unit, property, documentation and kernel tests; then every notebook is recomputed and compared.
 test: $(STAMP)
-	$(PY) -m pytest -q -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(TESTS)
 	$(PY) tools/nbtest.py
 
 $(SITE): | $(STAMP)
@@ -33,7 +33,7 @@ bench: $(VENV)/bench
 
 # The tests that need an NVIDIA GPU.
 gpu: $(STAMP)
-	@$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: torch sees no CUDA device'"
+	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device')"
 	$(PY) -m pytest -q tests/gpu
 
 lint: $(STAMP)

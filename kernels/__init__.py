@@ -1,9 +1,13 @@
-"""Compute kernels, imported as `qlib.kernels`; nothing is imported until it is used."""
+"""Compute kernels: `matmul(x, q)` runs the fastest one that fits, `explain(x, q)` names it.
+
+Nothing is imported until it is used. Other libraries probe for a package called `kernels`, and from
+the repository root they find and execute this file: it must do nothing and know no other names.
+"""
 
 
 def __getattr__(name: str):
-    if name in ("matmul", "explain"):
-        from . import dispatch
+    if name not in ("matmul", "explain"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import dispatch
 
-        return getattr(dispatch, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(dispatch, name)

@@ -2,8 +2,9 @@
 
 from .errors import FormatError
 from .linear import QLinear
-from .metrics import Protocol, Reference, divergence, perplexity
+from .metrics import Reference, divergence, perplexity
 from .presets import format, formats, quantize
+from .protocol import Protocol
 from .qtensor import QTensor
 from .recipe import Recipe, plan, quantize_model
 from .scheme import Scheme

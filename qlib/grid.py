@@ -102,7 +102,7 @@ class Grid:
 
     @cached_property
     def _is_integer(self) -> bool:
-        """Consecutive integers, at most 256: plain arithmetic rounds them, ties to even integers."""
+        """Consecutive integers, at most 256: arithmetic rounds them, ties to even integers."""
         steps = self.points.diff()
         whole = bool((self.points == self.points.round()).all())
         return len(self.points) <= 256 and bool((steps == 1).all()) and whole

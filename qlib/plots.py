@@ -56,7 +56,7 @@ class Shown:
 
 
 def figure(width: float = 5.2, height: float = 3.2, rows: int = 1, cols: int = 1):
-    """Return `(figure, axes)` in the book's style; sizes in inches, one axes or an array of them."""
+    """Return `(figure, axes)` in the book's style; sizes in inches; axes: one, or an array."""
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure

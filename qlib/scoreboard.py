@@ -11,7 +11,7 @@ from .recipe import quantized
 from .tokenizer import Tokenizer
 
 CHECK_TOKENS = 256
-TOLERANCE = 0.05
+TOLERANCE, FLOOR = 0.05, 5e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def check(row: dict, model: nn.Module, tokenizer: Tokenizer) -> float:
         kl = divergence(reference, model, short).kl
     bits, stored = report.bits_per_weight, row["bits_per_weight"]
     assert bits == stored, f"{row['format']}: {bits} bits per weight, the board has {stored}"
-    # Below 1e-4 nats the rounding of float32 logits shows.
-    close = abs(kl - row["check_kl"]) <= max(TOLERANCE * row["check_kl"], 1e-4)
+    # Below that the rounding of float32 logits shows.
+    close = abs(kl - row["check_kl"]) <= max(TOLERANCE * row["check_kl"], FLOOR)
     assert close, f"{row['format']}: KL {kl:.4g}, the board has {row['check_kl']:.4g}"
     return kl

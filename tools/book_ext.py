@@ -1,4 +1,4 @@
-"""Sphinx extension of the book: plain Markdown of the notebooks becomes boxes, and addresses derive from one setting."""
+"""Sphinx extension of the book: block quotes become boxes, addresses derive from one setting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOXES = {
 
 
 class Boxes(SphinxTransform):
-    """`> **Definition: block.** Text` becomes a titled admonition; elsewhere it stays a block quote."""
+    """`> **Definition: block.** Text` becomes a titled admonition on the site."""
 
     default_priority = 400
 
@@ -37,7 +37,7 @@ class Boxes(SphinxTransform):
 def box(
     quote: nodes.block_quote, first: nodes.paragraph, words: list[nodes.Node], kind: str
 ) -> nodes.admonition:
-    """The quote as an admonition: the bold words are its title, what follows them its first line."""
+    """The quote as an admonition: the bold words are its title, the rest is its text."""
     title = nodes.title("", "", *words[0].children)
     if isinstance(title[-1], nodes.Text):
         title[-1] = nodes.Text(title[-1].rstrip(".: "))
@@ -55,7 +55,15 @@ def derive_addresses(app, config) -> None:
     config.notfound_urls_prefix = urlsplit(config.html_baseurl).path
 
 
+def drop_unused_mathjax(app, page, template, context, doctree) -> None:
+    """Load MathJax only where the page itself has math, not where one that it lists has."""
+    if not app.env.get_domain("math").data["has_equations"].get(page):
+        scripts = context["script_files"]
+        scripts[:] = [script for script in scripts if "mathjax" not in str(script).lower()]
+
+
 def setup(app) -> dict[str, bool]:
     app.add_transform(Boxes)
     app.connect("config-inited", derive_addresses, priority=100)
+    app.connect("html-page-context", drop_unused_mathjax, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,6 +1,6 @@
 """Build the site from the committed outputs, or show it: called by make.
 
-python tools/build_site.py [--strict]        --strict builds from nothing and takes warnings for errors
+python tools/build_site.py [--strict]      --strict: from nothing, and warnings are errors
 python tools/build_site.py --serve PORT
 """
 
@@ -24,7 +24,8 @@ SITE = ROOT / "_build/html"
 REDIRECT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Bits per Weight</title>
 <meta http-equiv="refresh" content="0; url=book/index.html"></head>
-<body><main><h1>Bits per Weight</h1><p><a href="book/index.html">Open the book</a></p></main></body></html>
+<body><main><h1>Bits per Weight</h1><p><a href="book/index.html">Open the book</a></p></main></body>
+</html>
 """
 
 

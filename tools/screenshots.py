@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from browser import chromium, pages, serve
+from browser import SITE, chromium, pages, published_prefix, serve
 
 WIDTHS = {1280: 800, 390: 844}
 
@@ -17,17 +17,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("pages", nargs="*")
-    parser.add_argument("--site", type=Path, help="a built site other than _build/html")
+    parser.add_argument(
+        "--site", type=Path, default=SITE, help="a built site other than _build/html"
+    )
     options = parser.parse_intermixed_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    place = [options.site] if options.site else []
-    with serve(*place) as address, chromium() as browser:
+    with serve(options.site, published_prefix()) as address, chromium() as browser:
         for scheme in ("light", "dark"):
             for width, height in WIDTHS.items():
                 view = {"width": width, "height": height}
                 context = browser.new_context(viewport=view, color_scheme=scheme)
                 page = context.new_page()
-                for name in options.pages or pages(*place):
+                for name in options.pages or pages(options.site):
                     page.goto(f"{address}/{name}", wait_until="networkidle")
                     shot = f"{name.removesuffix('.html').replace('/', '-')}-{width}-{scheme}.png"
                     page.screenshot(path=options.folder / shot, full_page=True)

@@ -17,7 +17,7 @@ OLDEST = (3, 10)
 
 
 def stop(problem, remedy):
-    sys.exit("make: {}; {}".format(problem, remedy))
+    sys.exit(f"make: {problem}; {remedy}")
 
 
 def lines(name):
@@ -30,7 +30,7 @@ def check_python():
     if sys.version_info < OLDEST:
         have = "{}.{}".format(*sys.version_info[:2])
         stop(
-            "Python {} is too old, 3.10 or newer is needed".format(have),
+            f"Python {have} is too old, 3.10 or newer is needed",
             "install one and say make PYTHON=python3.12 (the one you have)",
         )
 
@@ -39,7 +39,7 @@ def check_disk():
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < GIGABYTES:
         stop(
-            "only {:.1f} GB are free here, {} GB are needed".format(free, GIGABYTES),
+            f"only {free:.1f} GB are free here, {GIGABYTES} GB are needed",
             "make room or move the checkout to another disk",
         )
 
@@ -72,10 +72,10 @@ def check_index():
 
 
 def install(what, *arguments):
-    print("installing {} ...".format(what), flush=True)
+    print(f"installing {what} ...", flush=True)
     quiet = [] if sys.stdout.isatty() else ["-qq"]
     if subprocess.call([*PIP, "install", *quiet, *arguments], cwd=ROOT):
-        stop("pip could not install {}".format(what), "its message stands above; then run make again")
+        stop(f"pip could not install {what}", "its message stands above; then run make again")
 
 
 def main():

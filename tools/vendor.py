@@ -1,7 +1,8 @@
-"""Collect the browser assets that the site would otherwise fetch from other hosts, from Python packages.
+"""Collect, from Python packages, the browser assets that the site would otherwise fetch elsewhere.
 
-Writes site_static/vendor/ (MathJax, fonts) and site_static/scripts/fontawesome.js: the theme's own icon script with only the
-icons that the pages use (the whole set is a third of a page's weight), under the name by which the theme's templates load it.
+Writes site_static/vendor/ (MathJax and its fonts) and site_static/scripts/fontawesome.js: the icon
+script under the name by which the theme's templates load it, with only the icons that the pages
+use. The theme's own is a third of a page's weight.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "site_static"
 
 # Icons of the themes' templates, the launch buttons and the folded cells.
-ICONS = """angle-left angle-right arrow-up bars circle-half-stroke circle-question code download expand file file-lines file-pdf
-home lightbulb list magnifying-glass moon outdent pencil pencil-alt play print rocket sun xmark github""".split()
+ICONS = """angle-left angle-right arrow-up bars circle-half-stroke circle-question code download
+expand file file-lines file-pdf home lightbulb list magnifying-glass moon outdent pencil pencil-alt
+play print rocket sun xmark github""".split()
 
-SCRIPT = """// The theme's Font Awesome icons that this site uses (icons CC BY 4.0, Fonticons, Inc.; made by tools/vendor.py).
+SCRIPT = """// Font Awesome icons (CC BY 4.0, Fonticons, Inc.), cut out by tools/vendor.py.
 const ICONS = %s;
 document.addEventListener("DOMContentLoaded", () => {
   for (const old of document.querySelectorAll("i[class*='fa-']")) {
@@ -28,7 +30,9 @@ document.addEventListener("DOMContentLoaded", () => {
     const [width, height, path] = ICONS[name.slice(3)];
     const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     for (const { name, value } of old.attributes) icon.setAttribute(name, value);
-    icon.setAttribute("class", `svg-inline--fa ${old.className}`);
+    // Words that select a font are for <i>: the theme's rules for them do not fit a drawing.
+    const words = old.className.replace(/\\bfa(-solid|-brands|s|b)(?= )/g, "");
+    icon.setAttribute("class", `svg-inline--fa ${words}`);
     icon.setAttribute("viewBox", `0 0 ${width} ${height}`);
     icon.setAttribute("aria-hidden", "true");
     icon.innerHTML = `<path fill="currentColor" d="${path}"/>`;
@@ -47,7 +51,10 @@ def installed(package: str, path: str) -> Path:
 
 
 def icon_script(bundle: str) -> str:
-    """Cut the used icons out of the theme's script, where each is `name:[width,height,[aliases],"code","path"]`."""
+    """Cut the used icons out of the theme's script.
+
+    There each is `name:[width,height,[aliases],"code","path"]`.
+    """
     icons = {}
     for name, width, height, aliases, path in re.findall(
         r'"?([\w-]+)"?:\[(\d+),(\d+),\[([^\]]*)\],"\w+","([^"]+)"\]', bundle

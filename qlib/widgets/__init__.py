@@ -18,7 +18,7 @@ def _source(path: Path, suffix: str) -> str:
 
 
 class BookWidget(anywidget.AnyWidget):
-    """Base of the book's widgets: takes the `.js` (and `.css`) that lie next to the subclass's file.
+    """Base of the book's widgets: takes the `.js` (and `.css`) next to the subclass's file.
 
     Subclasses declare traits with `.tag(sync=True)`; everything that happens on the page happens in
     JavaScript, so that the widget also works on the static site, where no Python runs.

@@ -10,18 +10,30 @@ import traitlets
 
 from . import BookWidget
 
-# One family per way of sharing a scale; the first pattern that matches the whole name decides.
+# One family per way of sharing a scale: name, label, what a whole name looks like, color and shape
+# of its mark (an SVG path of radius one). The first pattern that matches decides.
 FAMILIES = (
-    ("search", "integers, range by search", r"int\d.*-mse"),
-    ("small", "integers, groups of 32", r"int\d-g(?:8|16|32)(?:-a?sym)?"),
-    ("large", "integers, groups of 64 or 128", r"int\d-g\d+(?:-a?sym)?"),
-    ("wide", "integers, row or tensor", r"int\d(?:-row|-tensor)?(?:-a?sym)?|ternary"),
-    ("float", "floats", r"nf4|nvfp4|mxfp\d(?:_e\dm\d)?|fp8_e\dm\d"),
+    ("small", "int, groups of 32", r"int\d-g(8|16|32)(-a?sym)?", "--bw-c1",
+     "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z"),
+    ("large", "int, groups of 64 or 128", r"int\d-g\d+(-a?sym)?", "--bw-c2",
+     "M-1-1H1V1H-1z"),
+    ("wide", "int, row or tensor", r"int\d(-row|-tensor)?(-a?sym)?|ternary", "--bw-c3",
+     "M0-1.2L1.2 1H-1.2z"),
+    ("float", "floats", r"nf4|nvfp4|mxfp\d(_e\dm\d)?|fp8_e\dm\d", "--bw-c4",
+     "M0-1.35L1.35 0 0 1.35-1.35 0z"),
+    ("search", "int, range by search", r"int\d.*-mse", "--bw-c5",
+     "M0 1.2L1.2-1H-1.2z"),
+)  # fmt: skip
+# Name, label, title of the axis, which number of a point is its standard error.
+METRICS = (
+    ("kl", "KL divergence", "KL divergence (nats)", "kl_error"),
+    ("changed", "changed favorites", "tokens with another favorite (1 − top-1)", ""),
+    ("perplexity", "perplexity", "perplexity", "perplexity_error"),
 )
 # The formats that the line joins, from eight bits down to two.
 LINE = re.compile(r"int\d-g32-asym")
 MODELS = {"smollm2-135m": "SmolLM2-135M", "bpw-small": "bpw-small"}
-DIGITS = 5
+DIGITS = 6
 
 
 def family(format: str) -> str:
@@ -30,14 +42,14 @@ def family(format: str) -> str:
     >>> family("int4-g128"), family("int4-g32-asym-mse"), family("mxfp6_e2m3"), family("ternary")
     ('large', 'search', 'float', 'wide')
     """
-    for name, _, pattern in FAMILIES:
+    for name, _, pattern, _, _ in FAMILIES:
         if re.fullmatch(pattern, format):
             return name
     raise ValueError(f"format {format!r} belongs to no family of the cliff explorer")
 
 
 def point(row: Mapping) -> dict:
-    """What the page needs of one row of the scoreboard, to five digits.
+    """What the page needs of one row of the scoreboard, to six digits.
 
     Raises ValueError for a number that is not finite, which JSON cannot carry.
     """
@@ -69,6 +81,7 @@ class Cliff(BookWidget):
     points = traitlets.List().tag(sync=True)
     models = traitlets.List().tag(sync=True)
     families = traitlets.List().tag(sync=True)
+    metrics = traitlets.List().tag(sync=True)
     sizes = traitlets.List([1, 8, 14, 70]).tag(sync=True)
     factor = traitlets.Float(4.0).tag(sync=True)
     at = traitlets.Int().tag(sync=True)
@@ -87,7 +100,8 @@ class Cliff(BookWidget):
         order = sorted(found, key=[*MODELS, *found].index)
         points = sorted(map(point, rows), key=lambda p: (order.index(p["model"]), -p["bits"]))
         used = {p["family"] for p in points}
-        present = [{"name": n, "label": label} for n, label, _ in FAMILIES if n in used]
+        keys = ("name", "label", "pattern", "color", "shape")
+        present = [dict(zip(keys, entry)) for entry in FAMILIES if entry[0] in used]
         # Begin at the format that most readers know: four bits in small groups.
         known = [i for i, p in enumerate(points) if p["format"] == "int4-g32-asym"]
         defaults = {
@@ -99,5 +113,6 @@ class Cliff(BookWidget):
             points=points,
             models=[{"name": name, "label": MODELS.get(name, name)} for name in order],
             families=present,
+            metrics=[dict(zip(("name", "label", "axis", "error"), entry)) for entry in METRICS],
             **(defaults | state),
         )

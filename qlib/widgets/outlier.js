@@ -105,7 +105,7 @@ function render({ model, el }) {
   const entries = model.get("blocks").map(entry => ({ value: entry.format, text: entry.label }));
   el.append(h("div", { class: "bw", role: "group", "aria-label": "One outlier" },
     h("div", { class: "bw-controls" },
-      choice(model, "block", { label: "Weights that share a scale:", options: entries }),
+      choice(model, "block", { label: "One scale per", options: entries }),
       slider(model, "size", { label: "Outlier", min: 0, max: 48, show: size => (size ? `${size} std` : "none") })),
     picture.element, legend(), summary, note));
   const stop = watch(model, "block size at", () => {

@@ -14,7 +14,7 @@ from . import BookWidget
 # so the page's arithmetic starts from the same float32 numbers as Python's.
 UNIT = 2.0**-14
 MOST = 4096
-SHARERS = (("tensor", "tile"), ("row", "row"), ("g16", "16"), ("g8", "8"))
+SHARERS = (("tensor", "tile"), ("row", "row"), ("g16", "16 weights"), ("g8", "8"))
 
 
 def blocks(shape: tuple[int, int]) -> list[dict]:

@@ -22,7 +22,7 @@ const stacked = (width, height, { weights, cache, total }) => {
   ];
   for (const value of ticks(0, limit, width < 450 ? 3 : 6)) {
     parts.push(svg("line", { class: "axis", x1: x(value), x2: x(value), y1: bar + 6, y2: bar + 11 }));
-    parts.push(svg("text", { x: x(value), y: bar + 25, "text-anchor": value ? "middle" : "start" }, `${value} GB`));
+    parts.push(svg("text", { x: x(value), y: bar + 25, "text-anchor": value ? "middle" : "start" }, `${value.toLocaleString("en-US")} GB`));
   }
   return parts;
 };
@@ -40,7 +40,7 @@ const row = (device, size) => {
   return h("tr", { class: fits ? "" : "bw-out" },
     h("th", { scope: "row" }, device.name),
     h("td", {}, `${device.memory} GB`),
-    h("td", {}, used, fits ? `fits, ${Math.round(share * 100)}%` : count > 99 ? "does not fit" : `no: needs ${count}`),
+    h("td", {}, used, fits ? `${Math.round(share * 100)}% used` : count > 99 ? "no" : `needs ${count}`),
     h("td", {}, fits ? digits(bound) : "–"));
 };
 
@@ -61,7 +61,7 @@ function render({ model, el }) {
   const legend = h("p", { class: "bw-note" }), note = h("p", { class: "bw-note" }), summary = readout();
   const body = h("tbody");
   const table = h("table", { class: "bw-devices" },
-    h("thead", {}, h("tr", {}, ["device", "memory", "fits?", "tokens/s at most"].map(text => h("th", { scope: "col" }, text)))), body);
+    h("thead", {}, h("tr", {}, ["device", "memory", "fits?", "most tokens/s"].map(text => h("th", { scope: "col" }, text)))), body);
   el.append(h("div", { class: "bw", role: "group", "aria-label": "Memory planner" },
     h("div", { class: "bw-controls" },
       select(model, "model", { label: "Model", options: names }),

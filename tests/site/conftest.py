@@ -1,4 +1,4 @@
-"""What the browser tests share: the built site on a local port, one Chromium, and a recorded visit to a page."""
+"""What the browser tests share: the site on a local port, one Chromium, a recorded visit."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ MEGABYTE = 1_000_000
 def violations(visit: Visit) -> list[str]:
     """What axe-core finds against WCAG levels A and AA, one line each."""
     visit.page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = visit.page.evaluate("tags => axe.run({ runOnly: tags, preload: false })", LEVELS)["violations"]
+    found = visit.page.evaluate("tags => axe.run({ runOnly: tags, preload: false })", LEVELS)[
+        "violations"
+    ]
     return [f"{rule['id']}: {node['html'][:200]}" for rule in found for node in rule["nodes"]]
 
 
@@ -89,7 +91,9 @@ def test_widgets_react_to_the_keyboard(visit, site, name):
 
 
 # Everything a reader can see of a widget: its markup without, its controls' values with.
-STATE = "el => el.innerHTML + [...el.querySelectorAll('input, select')].map(i => i.value + i.checked)"
+STATE = (
+    "el => el.innerHTML + [...el.querySelectorAll('input, select')].map(i => i.value + i.checked)"
+)
 
 
 def reacts(widget) -> bool:
@@ -119,7 +123,9 @@ def test_search_finds_a_page(visit, site):
 
 def test_search_finds_nothing_for_nonsense(visit, site):
     seen = visit(f"{site}/search.html?q=zqxvkj")
-    seen.page.wait_for_function("document.querySelector('.search-summary')?.textContent.length > 20")
+    seen.page.wait_for_function(
+        "document.querySelector('.search-summary')?.textContent.length > 20"
+    )
     assert seen.page.locator("#search-results li a").count() == 0
 
 
@@ -146,6 +152,8 @@ def test_wide_code_scrolls_with_a_cue(visit, site):
     seen = visit(f"{site}/{name}", PHONE)
     code = seen.page.locator(".bd-article pre").first
     code.evaluate("el => { el.textContent = 'x'.repeat(400) }")
-    look = code.evaluate("el => [getComputedStyle(el).overflowX, getComputedStyle(el).backgroundAttachment]")
+    look = code.evaluate(
+        "el => [getComputedStyle(el).overflowX, getComputedStyle(el).backgroundAttachment]"
+    )
     assert look == ["auto", "local, local, scroll, scroll"]
     assert overflow(seen) <= 0
