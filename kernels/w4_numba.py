@@ -18,9 +18,6 @@ from torch import Tensor
 
 from qlib.qtensor import QTensor
 
-# Up to this many rows of activations, unpacking again for each row costs less than writing the
-# weights out once (measured: see `explain` for the rule in words).
-GEMV_ROWS = 4
 # Weights unpacked at a time: 1 MiB of float32, about one core's second-level cache.
 CHUNK_WEIGHTS = 1 << 18
 
@@ -28,55 +25,57 @@ CHUNK_WEIGHTS = 1 << 18
 _compiled = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
 
 
-def matmul(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
-    """`x @ q.dequantize().T` for any integer Scheme of 4 or 8 bits whose blocks fill whole bytes.
+def gemv(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
+    """`x @ q.dequantize().T` straight from the bytes; its time grows with every row.
 
     Args:
-        x: activations, floating point; the sums are float32.
-        q: weight [out, in].
+        x: activations on the CPU, floating point; the sums are float32.
+        q: weight [out, in] of 4- or 8-bit integer codes whose blocks fill whole bytes.
     """
+    per_byte, *operands = _operands(q)
+    padding = operands[0].shape[1] * per_byte - x.shape[1]
+    inputs = torch.nn.functional.pad(x.detach().float(), (0, padding))
+    # Codes that share a byte belong to neighboring inputs: deal the inputs out, one plane for each
+    # position in the byte, so that the inner loop reads all its operands in order.
+    planes = inputs.unflatten(1, (-1, per_byte)).transpose(1, 2).contiguous()
+    y = torch.empty(len(x), q.shape[0])
+    _gemv(*operands, planes.numpy(), y.numpy())
+    return y.to(x.dtype)
+
+
+def gemm(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
+    """`x @ q.dequantize().T` by torch from rows of the weight that are unpacked a few at a time.
+
+    Arguments as for `gemv`.
+    """
+    per_byte, codes, scale, zero, block_bytes = _operands(q)
     inputs = x.detach().float()
-    run = _by_rows if len(x) <= GEMV_ROWS else _by_chunks
-    return run(inputs, *_operands(q)).to(x.dtype)
+    step = max(16, CHUNK_WEIGHTS // x.shape[1])
+    weights = torch.empty(min(step, len(codes)), codes.shape[1] * per_byte)
+    y = torch.empty(len(x), len(codes))
+    for start in range(0, len(codes), step):
+        rows = slice(start, min(start + step, len(codes)))
+        chunk = weights[: rows.stop - start]
+        _unpack(codes[rows], scale[rows], zero[rows], block_bytes, chunk.numpy())
+        y[:, rows] = inputs @ chunk[:, : x.shape[1]].T
+    return y.to(x.dtype)
 
 
-def _operands(q: QTensor) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
-    """(codes per byte, bytes per block, codes, scale, zero); scale and zero are [out, blocks]."""
+def _operands(q: QTensor) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, int]:
+    """(codes per byte, codes, scale, zero, bytes per block); scale and zero are [out, blocks]."""
     scheme, (out, columns) = q.format, q.shape
     per_byte = 8 // scheme.grid.bits
     scale, zero = scheme.read(q.parts, q.shape)
     low = scheme.grid.min
     zero = torch.full_like(scale, -low) if zero is None else zero - low
+    tables = (table.expand(out, -1).contiguous().numpy() for table in (scale, zero))
     block = scheme.block if type(scheme.block) is int else columns
-    tables = (x.expand(out, -1).contiguous().numpy() for x in (scale, zero))
-    return per_byte, -(-block // per_byte), q.parts["codes"].contiguous().numpy(), *tables
-
-
-def _by_rows(x: Tensor, per_byte: int, block_bytes: int, codes, scale, zero) -> Tensor:
-    # Codes that share a byte belong to neighboring inputs: deal the inputs out, one plane for each
-    # position in the byte, so that the inner loop reads all its operands in order.
-    x = torch.nn.functional.pad(x, (0, codes.shape[1] * per_byte - x.shape[1]))
-    planes = x.unflatten(1, (-1, per_byte)).transpose(1, 2).contiguous()
-    y = torch.empty(len(x), len(codes))
-    _gemv(codes, scale, zero, planes.numpy(), block_bytes, y.numpy())
-    return y
-
-
-def _by_chunks(x: Tensor, per_byte: int, block_bytes: int, codes, scale, zero) -> Tensor:
-    step = max(16, CHUNK_WEIGHTS // x.shape[1])
-    weights = torch.empty(min(step, len(codes)), codes.shape[1] * per_byte)
-    y = torch.empty(len(x), len(codes))
-    for i in range(0, len(codes), step):
-        rows = slice(i, min(i + step, len(codes)))
-        chunk = weights[: rows.stop - i]
-        _unpack(codes[rows], scale[rows], zero[rows], block_bytes, chunk.numpy())
-        y[:, rows] = x @ chunk[:, : x.shape[1]].T
-    return y
+    return per_byte, q.parts["codes"].contiguous().numpy(), *tables, -(-block // per_byte)
 
 
 @_compiled
-def _gemv(codes, scale, zero, planes, block_bytes, y):
-    """y [rows, out] from codes [out, bytes], scale and zero [out, blocks], planes [rows, per, bytes]."""
+def _gemv(codes, scale, zero, block_bytes, planes, y):
+    """y [rows, out] from codes [out, bytes], scale, zero [out, blocks], x [rows, per, bytes]."""
     for o in range(len(codes)):
         for r in range(len(planes)):
             total = np.float32(0)

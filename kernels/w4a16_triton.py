@@ -23,6 +23,8 @@ from qlib.qtensor import QTensor
 
 # Outputs that one program computes. The tile of codes is then OUTPUTS x BLOCK_K / 2 bytes.
 OUTPUTS = {"gemv": 32, "gemm": 64}
+# Asked for by name, because Triton's default is changing: a * b + c in one rounding.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def reference(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
@@ -31,31 +33,29 @@ def reference(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows ou
 
 
 def gemv(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
-    """Rung 2: no weight is ever written. For one row of activations there is no faster shape."""
+    """Rung 2: no unpacked weight is ever written; each row of `x` reads all packed bytes.
+
+    Args:
+        x: activations on the device of `q`, float16 or bfloat16; the sums are float32.
+        q: weight [out, in] of 4-bit integer codes with one scale for the tensor, for a row, or for
+            a block of a multiple of 16.
+    """
     y = x.new_empty(len(x), q.shape[0])
     grid = (triton.cdiv(q.shape[0], OUTPUTS["gemv"]), len(x))
-    gemv_kernel[grid](*_operands(x, q, y), **_constants(q, OUTPUTS["gemv"]))
+    with torch.cuda.device_of(x):
+        gemv_kernel[grid](*_operands(x, q, y), **_constants(q, OUTPUTS["gemv"]), **OPTIONS)
     return y
 
 
 def gemm(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
-    """Rung 3: a tile of weights is unpacked once for up to 64 rows of activations."""
+    """Rung 3: a tile of weights is unpacked once for up to 64 rows of `x`. Arguments as `gemv`."""
     y = x.new_empty(len(x), q.shape[0])
     rows = min(64, max(16, triton.next_power_of_2(len(x))))
     grid = (triton.cdiv(q.shape[0], OUTPUTS["gemm"]), triton.cdiv(len(x), rows))
-    gemm_kernel[grid](*_operands(x, q, y), **_constants(q, OUTPUTS["gemm"]), BLOCK_M=rows)
+    constants = _constants(q, OUTPUTS["gemm"]) | {"BLOCK_M": rows}
+    with torch.cuda.device_of(x):
+        gemm_kernel[grid](*_operands(x, q, y), **constants, **OPTIONS)
     return y
-
-
-def matmul(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
-    """`x @ q.dequantize().T`, by the rung for the number of rows.
-
-    Args:
-        x: activations on the device of `q`, float16, bfloat16 or float32; sums are float32.
-        q: weight [out, in] of 4-bit integer codes with one scale per row, or per block of a
-            multiple of 16.
-    """
-    return gemv(x, q) if len(x) == 1 else gemm(x, q)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def gemv_kernel(
     x, codes, scale, zero, y, rows, outputs, inputs, row_bytes, scale_stride, zero_stride, block,
     ZERO: tl.constexpr, ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(1)
+    m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     for k in range(0, inputs, BLOCK_K):
@@ -147,9 +147,8 @@ def _constants(q: QTensor, outputs: int) -> dict:
         zero += scheme.offset.min
     whole = type(scheme.block) is not int or scheme.block >= q.shape[1]
     step = 128 if whole else min(128, scheme.block & -scheme.block)
-    return dict(
-        ZERO=zero, ASYMMETRIC=scheme.offset is not None, BLOCK_N=outputs, BLOCK_K=step
-    )
+    constants = {"ZERO": zero, "ASYMMETRIC": scheme.offset is not None}
+    return constants | {"BLOCK_N": outputs, "BLOCK_K": step}
 
 
 def assembly(rung: str, capability: int, dtype: str = "fp16", rows: int = 16) -> str:
@@ -158,7 +157,7 @@ def assembly(rung: str, capability: int, dtype: str = "fp16", rows: int = 16) ->
     Args:
         rung: "gemv" or "gemm", compiled for asymmetric codes in blocks of 128.
         capability: compute capability times ten: 75, 80, 89, 90, 100, 120.
-        dtype: Triton's name of the activation dtype: "fp16", "bf16" or "fp32".
+        dtype: Triton's name of the activation dtype: "fp16" or "bf16".
         rows: rows of activations in one program of the gemm.
 
     The machine code is made as well, so an instruction that the GPU lacks raises an error.
@@ -167,15 +166,14 @@ def assembly(rung: str, capability: int, dtype: str = "fp16", rows: int = 16) ->
     from triton.compiler import ASTSource
 
     kernel = {"gemv": gemv_kernel, "gemm": gemm_kernel}[rung]
-    constants = dict(ZERO=0.0, ASYMMETRIC=True, BLOCK_N=OUTPUTS[rung], BLOCK_K=128)
+    constants = {"ZERO": 0.0, "ASYMMETRIC": True, "BLOCK_N": OUTPUTS[rung], "BLOCK_K": 128}
     constants |= {"BLOCK_M": rows} if rung == "gemm" else {}
-    pointers = dict(x=f"*{dtype}", codes="*u8", scale="*fp16", zero="*u8", y=f"*{dtype}")
-    plain = [name for name in kernel.arg_names if name not in {*pointers, *constants}]
-    signature = {name: pointers.get(name, "i32" if name in plain else "constexpr")
-                 for name in kernel.arg_names}
-    # What the launcher finds out for itself: addresses and strides are multiples of 16.
-    aligned = {*pointers, "inputs", "row_bytes", "block"}
-    attributes = {(i,): [["tt.divisibility", 16]]
-                  for i, name in enumerate(kernel.arg_names) if name in aligned}
+    pointers = {"x": f"*{dtype}", "codes": "*u8", "scale": "*fp16", "zero": "*u8", "y": f"*{dtype}"}
+    types = pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    # What a launch finds out for itself: these addresses and sizes are multiples of 16.
+    aligned = [*pointers, "inputs", "row_bytes", "block"]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    target = GPUTarget("cuda", capability, 32)
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    return triton.compile(source, target=target, options=OPTIONS).asm["ptx"]

@@ -53,7 +53,7 @@ The validation loss is the mean over 128 evenly spaced windows of {context} toke
 |---:|---:|---:|---:|
 {curve}
 
-All of it is in `training.json`, from which this page is generated.
+{note}All of it is in `training.json`, from which this page is generated.
 
 ## What it shows, and what it does not
 
@@ -65,10 +65,10 @@ fall later and less steeply than SmolLM2's. Use SmolLM2 for conclusions about re
 ## Reproducing it
 
     PYTHONPATH=. python tools/train_own_model.py --corpus CORPUS --out RUN --compile
-    PYTHONPATH=. python tools/train_own_model.py --export RUN/step_{steps} qlib/data/own
+    PYTHONPATH=. python tools/train_own_model.py --export RUN/step_{step} qlib/data/own
 
 `CORPUS` is a folder with `train.txt.xz` and `val.txt.xz`, documents separated by lines of
-`<|end|>`. The batches and the schedule depend only on the seed and the step. An interrupted run
+`<|end|>`. The batches depend only on the seed and the step, the schedule also on `--steps`. An interrupted run
 goes on with `--resume` from its newest checkpoint. Another machine rounds differently, so the
 weights agree in quality, not bit for bit.
 
@@ -126,6 +126,8 @@ def card(record: dict[str, object], config: dict[str, object], larger: tuple[int
         "curve": "\n".join(row.format(**point) for point in keep),
         "larger_parameters": larger[0],
         "larger_tokens": larger[1],
+        # What the settings alone do not say, such as a schedule that was changed on the way.
+        "note": f"{record['note']}\n\n" if "note" in record else "",
     }
     return CARD.format(**record | derived)
 

@@ -50,13 +50,16 @@ const exact = (f, r) => {
   if (Number.isNaN(r.value)) return "NaN";
   return (r.sign ? "−" : "") + (Number.isFinite(r.value) ? digits(r.whole, r.power - f.mantissa) : "infinity");
 };
-const short = (x, count = 4) => String(Number(x.toPrecision(count))).replaceAll("-", "−");
+const short = (x, count = 4) => {
+  const rounded = Number(x.toPrecision(count));
+  return (x && Math.abs(x) < 1e-4 ? rounded.toExponential() : String(rounded)).replaceAll("-", "−");
+};
 
 // Texts at the given places of a line, leaving out those that would overlap an earlier one.
 const labels = (entries, y, width) => {
   const taken = [];
   return entries.map(([x, text, look]) => {
-    const half = text.length * 3.6 + 3, at = Math.min(Math.max(x, half), width - half);
+    const half = text.length * 4.1 + 3, at = Math.min(Math.max(x, half), width - half);
     if (taken.some(([low, high]) => at + half > low && at - half < high)) return null;
     taken.push([at - half, at + half]);
     return svg("text", { x: at, y, "text-anchor": "middle", class: look ?? "" }, text);
@@ -76,7 +79,7 @@ const range = (f, r, width) => {
     ? Array.from({ length: Math.floor((high - first) / apart) + 1 }, (_, i) => 2 ** (first + i * apart))
     : Array.from({ length: half }, (_, code) => read(f, code).value).filter(v => v > 0 && v < Infinity);
   const size = Math.abs(r.value), where = size ? at(size) : 8;
-  const names = [[at(2 ** low), `2${sup(low)}`], [at(f.largest), short(f.largest)], [at(1), "1"], [8, f.signed ? "0" : ""], [at(2 ** least), `2${sup(least)}`]];
+  const names = [[at(2 ** low), `2${sup(low)}`], [at(f.largest), short(f.largest, 5)], [at(1), "1"], [8, f.signed ? "0" : ""], [at(2 ** least), `2${sup(least)}`]];
   return [
     f.signed && svg("rect", { x: 0, y: y - 9, width: at(2 ** least), height: 18, fill: "var(--bw-fill)" }),
     svg("line", { x1: 8 + zero, x2: width - 8, y1: y, y2: y, class: "axis" }),
@@ -171,8 +174,8 @@ function render({ model, el }) {
     const kind = r.subnormal && r.whole ? ", a subnormal" : "";
     formula.textContent = Number.isFinite(r.value) ? `Code ${name}: ${r.sign ? "−" : ""}${lead}${kind}` : `Code ${name}: a code reserved for a special value`;
     const asked = get("asked"), error = (r.value - asked) / Math.abs(asked);
-    result.textContent = `Value: ${exact(f, r)}` + (asked === null ? "" : `, the nearest to ${asked}`
-      + (asked && Number.isFinite(error) ? `; relative error ${Number((100 * error).toPrecision(2))}%` : ""));
+    result.textContent = `Value: ${exact(f, r)}` + (asked === null ? "" : `, the nearest to ${short(asked, 12)}`
+      + (asked && Number.isFinite(error) ? `; relative error ${short(100 * error, 2)}%` : ""));
     number.value = asked ?? "";
   };
 
