@@ -75,8 +75,6 @@ class Scheme:
             parts.append(f"{kind} {_storage_name(self.offset)}")
         return ", ".join(parts)
 
-    # -- from weights to stored tensors ---------------------------------------------------------
-
     def quantize(
         self, weight: Float[Tensor, "*shape"], importance: Tensor | None = None
     ) -> QTensor:
@@ -150,8 +148,6 @@ class Scheme:
             codes.append(self.grid.round_finite(x).flatten(1))
         return codes if len(codes) == 1 else [torch.cat(codes, dim=1)]
 
-    # -- from stored tensors to weights ---------------------------------------------------------
-
     def read(self, parts: Mapping[str, Tensor], shape) -> tuple[Tensor, Tensor | None]:
         """(scale, offset) as stored, float32 [rows, blocks]; an integer zero point stays one."""
         at = self._scale_shape(shape)
@@ -174,8 +170,6 @@ class Scheme:
                 if offset is not None:
                     block.add_(offset[:, blocks, None])
         return [values]
-
-    # -- shapes and bytes -----------------------------------------------------------------------
 
     def layout(self, shape) -> Layout:
         """dtype and shape of every tensor that a weight of `shape` is stored as."""

@@ -68,9 +68,9 @@ fall later and less steeply than SmolLM2's. Use SmolLM2 for conclusions about re
     PYTHONPATH=. python tools/train_own_model.py --export RUN/step_{step} qlib/data/own
 
 `CORPUS` is a folder with `train.txt.xz` and `val.txt.xz`, documents separated by lines of
-`<|end|>`. The batches depend only on the seed and the step, the schedule also on `--steps`. An interrupted run
-goes on with `--resume` from its newest checkpoint. Another machine rounds differently, so the
-weights agree in quality, not bit for bit.
+`<|end|>`. The batches depend only on the seed and the step, the schedule also on `--steps`. An
+interrupted run goes on with `--resume` from its newest checkpoint. Another machine rounds
+differently, so the weights agree in quality, not bit for bit.
 
 With a CUDA device, a larger model of the same family:
 
