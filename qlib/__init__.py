@@ -6,7 +6,7 @@ from .metrics import Reference, divergence, perplexity
 from .presets import format, formats, quantize
 from .protocol import Protocol
 from .qtensor import QTensor
-from .recipe import Recipe, plan, quantize_model
+from .recipe import Recipe, quantize_model
 from .scheme import Scheme
 from .texts import texts
 from .zoo import load, save
@@ -14,5 +14,5 @@ from .zoo import load, save
 __version__ = "0.1.0"
 
 __all__ = ["FormatError", "Protocol", "QLinear", "QTensor", "Recipe", "Reference", "Scheme"]
-__all__ += ["divergence", "format", "formats", "load", "perplexity", "plan", "quantize"]
+__all__ += ["divergence", "format", "formats", "load", "perplexity", "quantize"]
 __all__ += ["quantize_model", "save", "texts"]

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from qlib.kernels import dequantize, dispatch
 
 import qlib
 from qlib import fit, kernels
 from qlib.grid import Grid
+from qlib.kernels import dequantize, dispatch
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 

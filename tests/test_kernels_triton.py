@@ -17,10 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qlib.kernels import dispatch
 
 import qlib
 from qlib.grid import GRIDS
+from qlib.kernels import dispatch
 from qlib.qtensor import QTensor
 
 CASES = [

@@ -51,6 +51,9 @@ def test_unshared_heads_are_multi_head_attention():
     cache = page(constants("", shape), 16, 1000, 0, 16, "unshared")[1]
     assert cache == kv_bytes(dataclasses.replace(shape, attention=every), 1000)
     assert cache != kv_bytes(shape, 1000)
+    # DeepSeek-V3: 128 + 64 values of a key and 128 of a value, for each of 128 heads.
+    latent = constants("", SHAPES["DeepSeek-V3"])
+    assert latent["unshared"] == 61 * 128 * (192 + 128) != latent["cached"]
 
 
 def test_state_is_plain_small_json_and_names_exist():

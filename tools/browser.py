@@ -6,6 +6,7 @@ import functools
 import http.server
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +36,19 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         """Requests are recorded by the browser; the server stays silent."""
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        """A browser that leaves a page hangs up in the middle of answers: that is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serve(folder: Path = SITE, prefix: str = "/") -> Iterator[str]:
     """Serve a folder on a free port of this machine, below a prefix; gives its address."""
     kind = type("Handler", (_Handler,), {"prefix": prefix})
     handler = functools.partial(kind, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}{prefix}".rstrip("/")

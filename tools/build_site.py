@@ -23,7 +23,7 @@ SITE = ROOT / "_build/html"
 # The builder's own redirect has neither a title nor a language.
 REDIRECT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Bits per Weight</title>
-<link rel="icon" href="_static/favicon.svg">
+<link rel="icon" href="data:,">
 <meta http-equiv="refresh" content="0; url=book/index.html"></head>
 <body><main><h1>Bits per Weight</h1><p><a href="book/index.html">Open the book</a></p></main></body>
 </html>

@@ -16,5 +16,7 @@ def load(name: str) -> dict:
     path = folder / f"{name}.json"
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
-        raise FileNotFoundError(f"no results called {name!r}; there are: {names or 'none yet'}")
+        raise FileNotFoundError(
+            f"no results called {name!r}; there are: {names or 'none yet'}"
+        )
     return json.loads(path.read_text())

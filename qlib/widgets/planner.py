@@ -21,7 +21,8 @@ def constants(name: str, shape: ModelShape) -> dict:
     found = shape.matrices.values()
     routed = [m for m in found if m.choices > 1]
     choice = (routed[0].choices, routed[0].active) if routed else (1, 1)
-    heads = shape.attention.heads
+    a = shape.attention
+    rope = 0 if isinstance(a, GQA) else a.rope
     return {
         "name": name,
         "parameters": shape.parameters,
@@ -35,7 +36,7 @@ def constants(name: str, shape: ModelShape) -> dict:
         # Share of the experts that one step reads, for every batch on the slider.
         "share": [unique_experts(*choice, batch) / choice[0] for batch in BATCHES],
         "cached": shape.layers * shape.attention.cached,
-        "unshared": shape.layers * 2 * heads * shape.attention.head_dim,
+        "unshared": shape.layers * a.heads * (2 * a.head_dim + rope),
         "sharing": sharing(shape),
     }
 
