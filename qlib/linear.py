@@ -5,8 +5,14 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import kernels
 from .qtensor import QTensor
+
+try:
+    from . import kernels
+except ImportError as error:
+    # In a checkout the folder kernels/ lies beside qlib/, and only an installation joins the two.
+    message = "qlib.kernels is missing: install the checkout with `pip install -e .` (make does so)"
+    raise ImportError(message) from error
 
 
 class QLinear(nn.Module):
