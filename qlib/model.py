@@ -182,6 +182,8 @@ class Decoder(nn.Module):
 
         Temperature 0 takes the likeliest token; above 0 it samples softmax(logits / temperature).
         """
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be integers [batch, length], got {list(tokens.shape)}")
         ends = () if self.config.eos_token_id is None else self.config.eos_token_id
         ends = torch.tensor(ends, dtype=tokens.dtype, device=tokens.device).reshape(-1)
         cache: Cache = []

@@ -93,13 +93,19 @@ def quantize(
         format: a name (`qlib.formats()`) or any format object.
         importance: weight of each squared error, for formats whose fit searches.
 
-    Raises ValueError for unknown names and for weights that cannot be quantized.
+    Raises ValueError for unknown names and for weights that cannot be quantized, TypeError for
+    anything that is not a tensor and a format.
 
     >>> q = quantize(torch.linspace(-1, 1, 64).view(1, 64), "nvfp4")
     >>> q.bits_per_weight, q.dequantize()[0, 0].item()     # 4.5 + one float32 for the tensor
     (5.0, -1.0)
     """
+    if not isinstance(weight, Tensor):
+        kind = type(weight).__name__
+        raise TypeError(f"weight is a {kind}; quantize takes a torch.Tensor (torch.from_numpy)")
     chosen = _lookup(format) if isinstance(format, str) else format
+    if not hasattr(chosen, "quantize"):
+        raise TypeError(f"format is {chosen!r}; give a name such as 'int4-g128', or a Scheme")
     return chosen.quantize(weight, importance)
 
 

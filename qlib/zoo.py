@@ -78,6 +78,10 @@ def load(
 
 def _open(name: str, dtype: torch.dtype, download: bool) -> tuple[Decoder, Tokenizer]:
     path = Path(name)
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        raise ValueError(f"{name} is one file of a model; load its folder, {str(path.parent)!r}")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path.resolve()} is not a model folder: it has no config.json")
     if name == SMOLLM2:
         return gguf_llama.load(packaged_path(SMOLLM2_FILE), dtype)
     if name == SMALL:
@@ -99,6 +103,8 @@ def _unknown(name: str) -> str:
     hint = f"did you mean {near[0]!r}? " if near else ""
     if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".gguf"):
         hint = f"to download it from the Hugging Face hub, ask for {'hf:' + name!r}; "
+    if name.startswith((".", "/")) or name.endswith(".gguf"):
+        return f"no such file or folder: {Path(name).resolve()}"
     names = ", ".join(map(repr, NAMES))
     return f"unknown model {name!r}: {hint}known are {names}, folders, and .gguf files"
 
@@ -158,8 +164,14 @@ def save(
         tokenizer: travels with the model if given.
         container: the layout of the files; a name in CONTAINERS.
 
-    Raises ValueError, with the nearest name, for an unknown container.
+    Raises ValueError, with the nearest name, for an unknown container, and TypeError for a model
+    that is not our Decoder (write that one with save_pretrained, load it here, then quantize it).
     """
+    if not isinstance(model, Decoder):
+        kind = type(model).__name__
+        raise TypeError(
+            f"save takes a model from qlib.load, not a {kind}; quantize that one instead"
+        )
     if container not in CONTAINERS:
         near = difflib.get_close_matches(container, CONTAINERS, n=1, cutoff=0.0)
         raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")

@@ -100,3 +100,37 @@ def test_a_packed_embedding_is_refused(tmp_path):
 def test_unknown_containers_name_the_known_one(tmp_path):
     with pytest.raises(ValueError, match="unknown container 'quib': did you mean 'qlib'"):
         qlib.save(quantized_model(), tmp_path, container="quib")
+
+
+def test_other_models_are_not_saved_but_told_how(tmp_path):
+    with pytest.raises(TypeError) as caught:
+        qlib.save(torch.nn.Linear(2, 2), tmp_path)
+    need = "save takes a model from qlib.load, not a Linear; quantize that one instead"
+    assert str(caught.value) == need
+
+
+def test_what_is_no_tensor_and_no_format_is_named():
+    with pytest.raises(TypeError) as caught:
+        qlib.quantize([1.0], "int4")
+    assert str(caught.value) == (
+        "weight is a list; quantize takes a torch.Tensor (torch.from_numpy)"
+    )
+    with pytest.raises(TypeError) as caught:
+        qlib.quantize(torch.ones(2, 2), 4)
+    assert str(caught.value) == "format is 4; give a name such as 'int4-g128', or a Scheme"
+
+
+def test_generation_needs_a_batch():
+    with pytest.raises(ValueError, match=r"tokens must be integers \[batch, length\], got \[3\]"):
+        quantized_model().generate(torch.tensor([1, 2, 3]), 4)
+
+
+def test_wrong_paths_say_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        qlib.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path} is not a model folder: it has no config.json"
+    with pytest.raises(ValueError, match=r"no such file or folder: .*/nowhere\.gguf"):
+        qlib.load(tmp_path / "nowhere.gguf")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="is one file of a model; load its folder, "):
+        qlib.load(tmp_path / "model.safetensors")

@@ -218,11 +218,13 @@ def test_unknown_names(tmp_path):
         "BPW-SMALL": "did you mean 'bpw-small'? ",
         "zzz": "",
         "org/model": hub,
-        f"{tmp_path}/no.gguf": "",
     }.items():
         with pytest.raises(ValueError, match="unknown model") as caught:
             zoo.load(name)
         assert str(caught.value) == f"unknown model {name!r}: {hint}{known}"
+    with pytest.raises(ValueError, match="no such file") as caught:
+        zoo.load(f"{tmp_path}/no.gguf")
+    assert str(caught.value) == f"no such file or folder: {tmp_path}/no.gguf"
 
 
 def test_missing_or_changed_package(tmp_path, monkeypatch):
