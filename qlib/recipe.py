@@ -169,13 +169,17 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     The blocks are found by structure, so any Hugging Face causal LM works: they are the longest
     outermost ModuleList that contains linear layers (a list of experts lies inside a block).
     Embeddings and the output head are not among them.
-    Raises ValueError if there is no such list.
+    Raises ValueError if there is no such list, or all of its layers are quantized already.
     """
     lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and any(map(_is_linear, module.modules()))
     }
+    if not lists and any(isinstance(module, QLinear) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is quantized already; load it again to start over"
+        )
     if not lists:
         raise ValueError(f"{type(model).__name__} has no decoder blocks with unquantized nn.Linear")
     outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]

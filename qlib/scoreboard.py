@@ -67,7 +67,7 @@ def check(row: dict, model: nn.Module, tokenizer: Tokenizer) -> float:
 
     Raises AssertionError if the bits differ at all or the KL by more than 5%.
     """
-    short = Protocol.of(tokenizer, "evaluation", tokens=CHECK_TOKENS)
+    _, short = protocols(tokenizer, CHECK_TOKENS)
     reference = Reference(model, short)
     with quantized(model, row["format"], progress=False) as report:
         kl = divergence(reference, model, short).kl
