@@ -27,9 +27,11 @@ $(SITE): | $(STAMP)
 serve: $(SITE)
 	$(PY) tools/build_site.py --serve $(PORT)
 
-# Speed as a ratio to other libraries, measured in one run.
+# Beside other libraries, in one run: speed of formats, then quality and speed of methods. The second takes an
+# hour or two and 6 GB for the peers; METHODS="--bits 4 --group 128 --only GPTQ" measures a part of it.
 bench: $(VENV)/bench
 	$(PY) tools/bench.py
+	$(PY) tools/bench_methods.py $(METHODS)
 
 # The tests that need an NVIDIA GPU.
 gpu: $(STAMP)
@@ -46,7 +48,7 @@ lint: $(STAMP)
 clean:
 	rm -rf _build build dist *.egg-info site_static/vendor site_static/scripts
 	rm -rf .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 $(STAMP): requirements.txt requirements-model.txt pyproject.toml tools/setup_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.10 or newer, or say make PYTHON=/path/to/python3"; exit 1; }

@@ -1,5 +1,8 @@
 """Bits per Weight: quantize language models, and count every bit."""
 
+from . import methods
+from .block import Stats
+from .calibrate import Calibration
 from .errors import FormatError
 from .linear import QLinear
 from .metrics import Reference, divergence, perplexity
@@ -13,6 +16,6 @@ from .zoo import load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["FormatError", "Protocol", "QLinear", "QTensor", "Recipe", "Reference", "Scheme"]
-__all__ += ["divergence", "format", "formats", "load", "perplexity", "quantize"]
-__all__ += ["quantize_model", "save", "texts"]
+__all__ = ["Calibration", "FormatError", "Protocol", "QLinear", "QTensor", "Recipe", "Reference"]
+__all__ += ["Scheme", "Stats", "divergence", "format", "formats", "load", "methods"]
+__all__ += ["perplexity", "quantize", "quantize_model", "save", "texts"]

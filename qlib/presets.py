@@ -43,16 +43,17 @@ NAMED: dict[str, Format] = {
     "ternary": TERNARY,
 }
 
-INTEGER = re.compile(r"int([1-8])(?:-(g[1-9]\d*|row|tensor))?(?:-(sym|asym))?(-mse)?")
+INTEGER = re.compile(r"int([1-8])(?:-(g[1-9]\d*|row|tensor))?(?:-(sym|asym|offset))?(-mse)?")
 EXAMPLES = ["int8", "int8-tensor", "int6-g64", "int4-row", "int4-g128", "int4-g32-asym"]
-EXAMPLES += ["int3-g64-asym-mse", "int2-g32-asym", "int1-g32"]
+EXAMPLES += ["int3-g64-asym-mse", "int2-g32-asym", "int4-g64-offset", "int1-g32"]
 
 
 def format(name: str) -> Format:
-    """The format called `name`: int{1..8}[-g{n}|-row|-tensor][-sym|-asym][-mse], or a named one.
+    """The format called `name`: int{1..8}[-g{n}|-row|-tensor][-{kind}][-mse], or a named one.
 
-    Without a block an integer name means one scale per row. Symmetric formats store a float16
-    scale, asymmetric ones also an integer zero point of as many bits as the codes.
+    Without a block an integer name means one scale per row. The kind is sym (the default), a
+    float16 scale; asym, also an integer zero point of as many bits as the codes; or offset, a
+    float16 scale and a float16 offset: value = code * scale + offset, with codes from 0 up.
     Raises ValueError, with the nearest names, if there is no such format.
 
     >>> format("int4-g128-asym").nbytes((1, 128))      # 64 codes bytes + 2 scale + 1 zero point
@@ -65,14 +66,15 @@ def format(name: str) -> Format:
         near = difflib.get_close_matches(name, formats(), n=3, cutoff=0.3)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise ValueError(f"unknown format {name!r}: {hint}qlib.formats() lists the names")
-    return _integer(int(match[1]), match[2] or "row", match[3] == "asym", bool(match[4]))
+    return _integer(int(match[1]), match[2] or "row", match[3], bool(match[4]))
 
 
-def _integer(bits: int, block: str, asymmetric: bool, search: bool) -> Scheme:
+def _integer(bits: int, block: str, kind: str | None, search: bool) -> Scheme:
     size = int(block[1:]) if block.startswith("g") else block
-    if asymmetric:
+    if kind in ("asym", "offset"):
         levels = grid.GRIDS[f"uint{bits}"]
-        return Scheme(levels, size, fit.minmax_mse if search else fit.minmax, offset=levels)
+        stored = levels if kind == "asym" else torch.float16
+        return Scheme(levels, size, fit.minmax_mse if search else fit.minmax, offset=stored)
     # Two signed levels, -1 and +1: the mean magnitude is their best scale, not the largest.
     plain = fit.absmean if bits == 1 else fit.absmax
     return Scheme(grid.GRIDS[f"int{bits}"], size, fit.mse if search else plain)

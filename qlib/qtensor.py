@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,20 @@ class QTensor:
     def to(self, device) -> QTensor:
         """The same tensor with its parts on `device`."""
         return QTensor(self.format, self.shape, {k: v.to(device) for k, v in self.parts.items()})
+
+    def split(self, rows: Sequence[int]) -> list[QTensor]:
+        """The tensor cut into pieces of so many rows each.
+
+        Raises ValueError if its rows share a stored tensor, such as the scale of a whole matrix.
+        """
+        shared = [name for name, part in self.parts.items() if len(part) != self.shape[0]]
+        if shared:
+            raise ValueError(f"{self.format}: all rows share {shared[0]!r}, so they stay together")
+        pieces = {name: part.split(list(rows)) for name, part in self.parts.items()}
+        return [
+            QTensor(self.format, (n, *self.shape[1:]), {k: p[i].clone() for k, p in pieces.items()})
+            for i, n in enumerate(rows)
+        ]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically: the parts as they are, the format as metadata."""

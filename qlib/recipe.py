@@ -1,4 +1,4 @@
-"""A whole model: plan, quantize layer by layer, report."""
+"""A whole model: plan, calibrate, quantize block by block, report."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import contextlib
 import difflib
 import fnmatch
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .block import Block, Stats
+from .calibrate import Calibration, calibrated_blocks
+from .files.resume import Resume, fingerprint
 from .linear import QLinear, replace_layer
-from .methods import METHODS
-from .metrics import snr_db
+from .methods import METHODS, Method, rtn
+from .metrics import proxy_loss, snr_db
 from .presets import format as named_format
 from .progress import bar
 from .qtensor import Format, QTensor
+from .report import BlockResult, LayerResult, Plan, Report, Step, bytes_by_kind
+from .structure import decoder_blocks, decoder_linears
 
-KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zeros", "offset": "zeros"}
+UNREACHED = ("refuse", "keep", "rtn")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Recipe:
         format: name or object for layers that no rule matches.
         rules: (pattern, format or None) pairs; the first shell-style pattern that matches a layer's
             name decides, and None leaves the layer as it is.
-        method: a name in `qlib.methods.METHODS`, or a function (weight, format) -> QTensor.
+        method: a name in `qlib.methods.METHODS`, a Method, or a function (weight, format) ->
+            QTensor.
 
     >>> recipe = Recipe("int4-g128", rules=(("*.down_proj", "int6-g64"), ("*.0.*", None)))
     >>> recipe.choose("model.layers.5.mlp.down_proj").block
@@ -40,7 +47,7 @@ class Recipe:
 
     format: str | Format
     rules: tuple[tuple[str, str | Format | None], ...] = ()
-    method: str | Callable = "rtn"
+    method: str | Method | Callable = "rtn"
 
     def choose(self, layer: str) -> Format | None:
         """The format of the layer called `layer`, or None if it stays as it is."""
@@ -48,148 +55,16 @@ class Recipe:
         chosen = next(matches, self.format)
         return named_format(chosen) if isinstance(chosen, str) else chosen
 
-    def function(self) -> Callable[[Tensor, Format], QTensor]:
-        """The method as a function. Raises ValueError, with the nearest name, if unknown."""
-        if callable(self.method):
+    def chosen_method(self) -> Method:
+        """The method as data. Raises ValueError, with the nearest name, if unknown."""
+        if isinstance(self.method, Method):
             return self.method
+        if callable(self.method):
+            return Method(getattr(self.method, "__qualname__", "function"), self.method)
         if self.method not in METHODS:
             near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)
             raise ValueError(f"unknown method {self.method!r}: did you mean {near[0]!r}?")
         return METHODS[self.method]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of a plan: a layer, what becomes of it, and the bytes that it will take."""
-
-    layer: str
-    shape: tuple[int, int]
-    format: Format | None
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `quantize_model` will do, known before a weight is touched."""
-
-    steps: tuple[Step, ...]
-    other_bytes: int
-    other_weights: int
-    other_dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole model afterwards."""
-        return self.other_bytes + sum(step.nbytes for step in self.steps)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight of the whole model, unquantized tensors included."""
-        weights = self.other_weights + sum(math.prod(step.shape) for step in self.steps)
-        return 8 * self.nbytes / weights
-
-    def __str__(self) -> str:
-        kept = sum(step.format is None for step in self.steps)
-        return (
-            f"{len(self.steps) - kept} layers to quantize, {kept} kept; "
-            f"{self.nbytes / 1e6:,.1f} MB, {self.bits_per_weight:.3f} bits per weight in all"
-        )
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """One quantized layer: its bytes by kind and its signal-to-noise ratio in decibels."""
-
-    layer: str
-    shape: tuple[int, int]
-    format: Format
-    nbytes: dict[str, int]
-    snr_db: float
-
-
-@dataclass
-class Report:
-    """What happened to a model: bits, bytes by kind, error and seconds."""
-
-    plan: Plan
-    layers: list[LayerResult] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def nbytes(self) -> dict[str, int]:
-        """Bytes of the whole model by kind: codes, scales, zeros, codebooks, unquantized."""
-        kept = sum(step.nbytes for step in self.plan.steps if step.format is None)
-        total = {"codes": 0, "scales": 0, "zeros": 0, "codebooks": 0}
-        for layer in self.layers:
-            for kind, size in layer.nbytes.items():
-                total[kind] += size
-        total["unquantized"] = self.plan.other_bytes + kept
-        return {kind: size for kind, size in total.items() if size}
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight of the quantized layers alone."""
-        weights = sum(math.prod(layer.shape) for layer in self.layers)
-        return 8 * sum(sum(layer.nbytes.values()) for layer in self.layers) / max(1, weights)
-
-    @property
-    def model_bits_per_weight(self) -> float:
-        """Bits per weight of the whole model, unquantized tensors included."""
-        return self.plan.bits_per_weight
-
-    def rows(self) -> list[tuple[str, str]]:
-        """The summary as (label, value) pairs."""
-        total = sum(self.nbytes.values())
-        rows = [(f"{kind}", f"{n:,} bytes ({n / total:.1%})") for kind, n in self.nbytes.items()]
-        rows.append(("total", f"{total:,} bytes"))
-        if self.layers:
-            worst = min(self.layers, key=lambda layer: layer.snr_db)
-            rows.append(("bits per weight", f"{self.bits_per_weight:.3f} in quantized layers"))
-            rows.append(("", f"{self.model_bits_per_weight:.3f} in the whole model"))
-            rows.append(("", f"(unquantized tensors are {self.plan.other_dtype})"))
-            rows.append(("worst layer", f"{worst.layer}, {worst.snr_db:.1f} dB"))
-        rows.append(("time", f"{self.seconds:.1f} s"))
-        return rows
-
-    def __str__(self) -> str:
-        head = f"{len(self.layers)} layers quantized\n"
-        return head + "\n".join(f"  {label:<16} {value}" for label, value in self.rows())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        lines = (f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in self.rows())
-        title = f"<caption>{len(self.layers)} layers quantized</caption>"
-        return f"<table>{title}<tbody>{''.join(lines)}</tbody></table>"
-
-
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside the model's decoder blocks, by name.
-
-    The blocks are found by structure, so any Hugging Face causal LM works: they are the longest
-    outermost ModuleList that contains linear layers (a list of experts lies inside a block).
-    Embeddings and the output head are not among them.
-    Raises ValueError if there is no such list, or all of its layers are quantized already.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(map(_is_linear, module.modules()))
-    }
-    if not lists and any(isinstance(module, QLinear) for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} is quantized already; load it again to start over"
-        )
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no decoder blocks with unquantized nn.Linear")
-    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    prefix = max(outermost, key=lambda name: len(lists[name]))
-    found = lists[prefix].named_modules(prefix=prefix)
-    return {name: module for name, module in found if _is_linear(module)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def plan(model: nn.Module, recipe: str | Format | Recipe) -> Plan:
@@ -229,53 +104,143 @@ def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
 
 @torch.no_grad()
 def quantize_model(
-    model: nn.Module, recipe: str | Format | Recipe, method: str | Callable | None = None,
-    progress: bool = True,
+    model: nn.Module, recipe: str | Format | Recipe, method: str | Method | Callable | None = None,
+    calibration=None, progress: bool = True, *, original_inputs: bool = False,
+    unreached: str = "refuse", resume: str | os.PathLike | None = None,
 ) -> Report:  # fmt: skip
-    """Replace the linear layers of a model's decoder blocks by QLinear, in place.
+    """Replace the linear layers of a model's decoder blocks by QLinear, in place, block by block.
 
     Args:
-        model: our Decoder or any Hugging Face causal LM; layers are replaced one at a time, so peak
-            memory is the model as loaded plus one layer.
+        model: our Decoder or any Hugging Face causal LM; peak memory is the model as loaded plus
+            the activations and statistics of one block.
         recipe: a format name, a format, or a Recipe with rules.
         method: overrides the recipe's method.
+        calibration: a Calibration, or tokens as `Calibration.of` takes them, for the methods that
+            look at data.
         progress: show a bar when it takes more than two seconds.
+        original_inputs: calibrate every block on what the original blocks before it put out,
+            instead of on what the quantized ones do.
+        unreached: what becomes of a layer that no calibration token reaches (a rare expert):
+            "refuse" raises, "keep" leaves it as it is, "rtn" rounds it to nearest.
+        resume: a folder that keeps every finished block; the same call made again after an
+            interruption continues there and ends with the same bytes.
 
     Raises ValueError naming the layer, its shape and the remedy, before any weight is touched
-    where the plan can know it.
+    where the plan can know it. A model whose quantization failed later must be loaded again.
     """
+    if unreached not in UNREACHED:
+        raise ValueError(f"unreached is one of {', '.join(UNREACHED)}, got {unreached!r}")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
-    choose_codes = Recipe(recipe.format, recipe.rules, method or recipe.method).function()
+    chosen = replace(recipe, method=method or recipe.method).chosen_method()
     planned = plan(model, recipe)
-    report = Report(planned)
+    data = _calibration(calibration, chosen)
+    report = Report(planned, chosen.name, "none" if data is None else str(data))
     start = time.perf_counter()
-    todo = [step for step in planned.steps if step.format is not None]
-    for step in bar(todo, "quantizing", "layer", progress):
-        layer = model.get_submodule(step.layer)
-        try:
-            q = choose_codes(layer.weight, step.format)
-        except ValueError as error:
-            raise ValueError(f"{step.layer} {list(step.shape)}: {error}") from error
-        report.layers.append(_result(step, layer.weight, q))
-        replace_layer(model, step.layer, QLinear(q, layer.bias))
+    settings = [chosen.name, original_inputs, unreached]
+    finished = resume and Resume(resume, fingerprint(model, planned, data, settings))
+    blocks = calibrated_blocks(model, data, original_inputs=original_inputs, targets=chosen.targets)
+    for block in bar(blocks, "quantizing", "block", progress, len(decoder_blocks(model)[1])):
+        result = finished.load(block) if finished else None
+        if result is None:
+            result = _quantize_block(block, _formats(planned, block), chosen, unreached)
+            if finished:
+                finished.save(block, result)
+        for name, q in result.tensors.items():
+            layer = block.module.get_submodule(name)
+            # A block that is itself a linear layer has the name "" in itself.
+            replace_layer(model, f"{block.name}.{name}".rstrip("."), QLinear(q, layer.bias))
+        report.layers += result.layers
+        report.unreached += result.unreached
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _result(step: Step, weight: Tensor, q: QTensor) -> LayerResult:
-    nbytes: dict[str, int] = {}
-    for part, tensor in q.parts.items():
-        kind = KINDS.get(part.split(".")[0], "codebooks")
-        nbytes[kind] = nbytes.get(kind, 0) + tensor.numel() * tensor.element_size()
-    return LayerResult(step.layer, step.shape, q.format, nbytes, snr_db(weight, q.dequantize()))
+def _calibration(calibration, method: Method) -> Calibration | None:
+    if method.sees == "weight":
+        return None
+    if calibration is None:
+        raise ValueError(
+            f"method {method.name!r} looks at data: pass calibration=token ids, "
+            "for example qlib.Calibration.text(tokenizer)"
+        )
+    return Calibration.of(calibration)
+
+
+def _formats(planned: Plan, block: Block) -> dict[str, Format]:
+    """Formats of the block's layers that are to be quantized, by their names in the block."""
+    start = f"{block.name}."
+    steps = [s for s in planned.steps if f"{s.layer}.".startswith(start) and s.format is not None]
+    return {f"{s.layer}.".removeprefix(start).rstrip("."): s.format for s in steps}
+
+
+def _quantize_block(
+    block: Block, formats: dict[str, Format], method: Method, unreached: str
+) -> BlockResult:
+    stats = block.stats() if method.sees == "inputs" and formats else {}
+    reached = {name for name, one in stats.items() if one.tokens}
+    if method.sees == "block":
+        reached = block.reached()
+    missing = [] if method.sees == "weight" else [name for name in formats if name not in reached]
+    if missing and unreached == "refuse":
+        raise ValueError(
+            f"{block.name}.{missing[0]}: no calibration token reaches this layer; give more text, "
+            "or say unreached='keep' or unreached='rtn'"
+        )
+    chosen = {name: format for name, format in formats.items() if name not in missing}
+    if method.sees == "block":
+        with _naming(block.name):
+            tensors = method.function(block, chosen) if chosen else {}
+    else:
+        tensors = {}
+        for names in _together(chosen, stats) if method.stacks else [[name] for name in chosen]:
+            weights = [block.linears[name].weight for name in names]
+            data = [stats[names[0]]] if stats else []
+            with _naming(f"{block.name}.{' + '.join(names)} {list(weights[0].shape)}"):
+                q = method.function(torch.cat(weights), chosen[names[0]], *data)
+            pieces = q.split([len(weight) for weight in weights]) if len(names) > 1 else [q]
+            tensors |= dict(zip(names, pieces))
+    if unreached == "rtn":
+        tensors |= {name: rtn(block.linears[name].weight, formats[name]) for name in missing}
+    layers = [_result(block, name, q, stats.get(name)) for name, q in tensors.items()]
+    return BlockResult(tensors, layers, [f"{block.name}.{name}" for name in missing])
+
+
+def _together(formats: dict[str, Format], stats: dict[str, Stats]) -> list[list[str]]:
+    """Layers whose rows one call can quantize: they read the same and share no stored tensor."""
+    groups: dict[tuple, list[str]] = {}
+    for name, format in formats.items():
+        columns = len(stats[name].amax)
+        alone = any(size[0] != 2 for _, size in format.layout((2, columns)).values())
+        key = (id(stats[name]), id(format) if alone else str(format), name if alone else "")
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _result(block: Block, name: str, q: QTensor, stats: Stats | None) -> LayerResult:
+    weight, rounded = block.linears[name].weight.float(), q.dequantize()
+    output = None
+    if stats is not None and stats.tokens:
+        loss = proxy_loss(weight, rounded, stats.hessian)
+        output = -10 * math.log10(loss) if loss > 0 else math.inf
+    layer = f"{block.name}.{name}".rstrip(".")
+    ratio = snr_db(weight, rounded)
+    return LayerResult(layer, q.shape, q.format, bytes_by_kind(q), ratio, output)
 
 
 @contextlib.contextmanager
 def quantized(
-    model: nn.Module, recipe: str | Format | Recipe, method: str | Callable | None = None,
-    progress: bool = True,
+    model: nn.Module, recipe: str | Format | Recipe, method: str | Method | Callable | None = None,
+    calibration=None, progress: bool = True, **options,
 ) -> Iterator[Report]:  # fmt: skip
-    """`quantize_model` for the length of a `with` block; the original layers come back after it.
+    """`quantize_model` for the length of a `with` block; the original weights come back after it.
 
     >>> import qlib
     >>> model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(64, 64)]))
@@ -285,9 +250,13 @@ def quantized(
     >>> type(model[0][0]).__name__
     'Linear'
     """
-    originals = decoder_linears(model)
+    layers = decoder_linears(model)
+    # Methods that rescale norms bind new tensors, so the old ones are still these.
+    values = {name: parameter.data for name, parameter in model.named_parameters()}
     try:
-        yield quantize_model(model, recipe, method, progress)
+        yield quantize_model(model, recipe, method, calibration, progress, **options)
     finally:
-        for name, layer in originals.items():
+        for name, layer in layers.items():
             replace_layer(model, name, layer)
+        for name, parameter in model.named_parameters():
+            parameter.data = values[name]

@@ -156,10 +156,11 @@ class Scheme:
 
     def decode(self, parts: Mapping[str, Tensor], shape) -> Float[Tensor, "*shape"]:
         """The weights that `parts` mean, float32: the one definition of every layer's values."""
-        codes = self.rows(self.unpack(parts["codes"], shape).view(shape))
-        return _by_rows(self._decode_rows, codes, *self.read(parts, shape))[0].view(shape)
+        rows = self.rows(self.unpack(parts["codes"], shape).view(shape))
+        return _by_rows(lambda *x: [self.values(*x)], rows, *self.read(parts, shape))[0].view(shape)
 
-    def _decode_rows(self, codes: Tensor, scale: Tensor, offset: Tensor | None):
+    def values(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        """Weights of `codes` [rows, cols] under scales as `read` returns them: undoes `round`."""
         values = self.grid.decode(codes)
         for columns, blocks, size in self._pieces(codes.shape[1]):
             block = values[:, columns].unflatten(1, (-1, size))
@@ -169,7 +170,7 @@ class Scheme:
                 block.mul_(scale[:, blocks, None])
                 if offset is not None:
                     block.add_(offset[:, blocks, None])
-        return [values]
+        return values
 
     def layout(self, shape) -> Layout:
         """dtype and shape of every tensor that a weight of `shape` is stored as."""

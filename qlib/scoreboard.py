@@ -1,4 +1,4 @@
-"""The scoreboard: one row per model and format, and a way to measure part of a row again."""
+"""The scoreboard: a row per model, format and method, and a way to measure part of it again."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 
 from torch import nn
 
+from .calibrate import Calibration
 from .metrics import Protocol, Reference, divergence
 from .recipe import quantized
 from .tokenizer import Tokenizer
 
 CHECK_TOKENS = 256
+CALIBRATION_TOKENS = 8192
 TOLERANCE, FLOOR = 0.05, 5e-6
 
 
@@ -20,6 +22,7 @@ class Row:
 
     model: str
     format: str
+    method: str
     bits_per_weight: float
     model_bits_per_weight: float
     kl: float
@@ -39,15 +42,22 @@ def protocols(tokenizer: Tokenizer, tokens: int | None) -> tuple[Protocol, Proto
     return full, Protocol.of(tokenizer, "evaluation", tokens=CHECK_TOKENS)
 
 
+def calibration(tokenizer: Tokenizer) -> Calibration:
+    """The text that methods which look at data are calibrated on: none of it is measured on."""
+    return Calibration.text(tokenizer, "calibration", tokens=CALIBRATION_TOKENS)
+
+
 def measure(
-    name: str, model: nn.Module, format: str, references: tuple[Reference, Reference]
-) -> Row:
-    """Quantize `model` by round-to-nearest, compare it with both references, restore it."""
-    with quantized(model, format) as report:
+    name: str, model: nn.Module, format: str, references: tuple[Reference, Reference],
+    method: str = "rtn", data: Calibration | None = None,
+) -> Row:  # fmt: skip
+    """Quantize `model`, compare it with both references, restore it."""
+    with quantized(model, format, method, data) as report:
         full, short = (divergence(ref, model, ref.protocol) for ref in references)
     return Row(
         name,
         format,
+        method,
         report.bits_per_weight,
         report.model_bits_per_weight,
         full.kl,
@@ -69,7 +79,8 @@ def check(row: dict, model: nn.Module, tokenizer: Tokenizer) -> float:
     """
     _, short = protocols(tokenizer, CHECK_TOKENS)
     reference = Reference(model, short)
-    with quantized(model, row["format"], progress=False) as report:
+    data = calibration(tokenizer)
+    with quantized(model, row["format"], row["method"], data, progress=False) as report:
         kl = divergence(reference, model, short).kl
     bits, stored = report.bits_per_weight, row["bits_per_weight"]
     assert bits == stored, f"{row['format']}: {bits} bits per weight, the board has {stored}"

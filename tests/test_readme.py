@@ -21,6 +21,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "4.125 bpw" in printed
     assert "21 layers quantized" in printed
+    assert re.search(r"method +gptq\n +calibration +4,096 tokens", printed)
     assert re.search(r"KL 0\.0\d+ ± ", printed)
     assert (tmp_path / "out/small-int4" / "model.safetensors").is_file()
 

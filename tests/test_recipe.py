@@ -7,47 +7,18 @@ import math
 
 import pytest
 import torch
+from tiny_models import MODELS, VOCAB, huggingface, tiny_decoder
 from torch import nn
 
 import qlib
 from qlib.linear import QLinear, dequantized, replace_layer
-from qlib.model import Config, Decoder
 from qlib.recipe import Recipe, decoder_linears, plan, quantize_model
 
-VOCAB = 61
 DOWN = "model.layers.1.mlp.down_proj"
 # Whole rows, ragged tails of 32 and 48 columns, trits, two-level scales, a zero point.
 FORMATS = ["int8-row", "int4-g20", "int3-g16-asym", "int4-tensor", "nf4", "nvfp4", "ternary"]
 
 
-def tiny_decoder(tied: bool = True) -> Decoder:
-    config = Config(VOCAB, 32, 48, 2, 4, 2, 8, tie_word_embeddings=tied, max_position_embeddings=64)
-    generator = torch.Generator().manual_seed(0)
-    return Decoder(config).normal_init(0.3, generator).requires_grad_(False)
-
-
-def huggingface(family: str, **options) -> nn.Module:
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_()
-    return model
-
-
-MODELS = {
-    "own-tied": tiny_decoder,
-    "own-untied": lambda: tiny_decoder(tied=False),
-    "llama": lambda: huggingface("Llama"),
-    "qwen2": lambda: huggingface("Qwen2"),
-    "gpt-neox": lambda: huggingface("GPTNeoX"),
-}
 LAYERS = {"own-tied": 14, "own-untied": 14, "llama": 14, "qwen2": 14, "gpt-neox": 8}
 
 

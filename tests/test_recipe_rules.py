@@ -248,7 +248,8 @@ def test_report_prints():
         "  bits per weight  5.000 in quantized layers",
         f"                   {8 * total / (weights + kept // 4):.3f} in the whole model",
         "                   (unquantized tensors are float32)",
-        f"  worst layer      {worst.layer}, {worst.snr_db:.1f} dB",
+        f"  worst layer      {worst.layer}, {worst.snr_db:.1f} dB in its weights",
+        "  method           rtn",
         "  time             1.3 s",
     ]
     assert repr(report) == str(report)

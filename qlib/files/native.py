@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..columns import Columns
 from ..errors import FormatError
 from ..fit import FITS
 from ..grid import GRIDS, Grid
@@ -38,7 +39,7 @@ def save_tensors(
 ) -> None:
     """Write quantized and dense tensors to one file, atomically (temporary name, then rename)."""
     described = {
-        name: {"shape": list(q.shape), "format": scheme_to_dict(q.format)}
+        name: {"shape": list(q.shape), "format": format_to_dict(q.format)}
         for name, q in quantized.items()
     }
     tensors = {_key(n, part): t for n, q in quantized.items() for part, t in q.parts.items()}
@@ -73,6 +74,13 @@ def load_dense(path: str | os.PathLike) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
+def format_to_dict(format: Scheme | Columns) -> dict:
+    """A format as JSON data. Raises ValueError for formats and fits that have no name here."""
+    if isinstance(format, Columns):
+        return {"columns": scheme_to_dict(format.scheme)}
+    return scheme_to_dict(format)
+
+
 def scheme_to_dict(scheme: Scheme) -> dict:
     """A Scheme as JSON data. Raises ValueError for formats and fits that have no name here."""
     if not isinstance(scheme, Scheme):
@@ -99,6 +107,11 @@ class _Reader:
 
     def __init__(self, path, field: str, learned: Tensor | None):
         self.path, self.field, self.learned = path, field, learned
+
+    def format(self, data) -> Scheme | Columns:
+        if isinstance(data, dict) and set(data) == {"columns"}:
+            return Columns(self.scheme(data["columns"]))
+        return self.scheme(data)
 
     def scheme(self, data, depth: int = 0) -> Scheme:
         keys = {"grid", "block", "fit", "scale", "offset"}
@@ -171,14 +184,18 @@ def _load_one(path, file, name: str, data) -> QTensor:
     present = set(file.keys())
     key = _key(name, "grid")
     learned = file.get_tensor(key) if key in present else None
-    scheme = _Reader(path, field, learned).scheme(data.get("format"))
+    format = _Reader(path, field, learned).format(data.get("format"))
+    if isinstance(format, Columns) and len(shape) != 2:
+        raise FormatError(path, field, f"shape {shape} has no columns")
     parts = {}
-    for part, (dtype, size) in scheme.layout(shape).items():
+    for part, (dtype, size) in format.layout(shape).items():
         if _key(name, part) not in present:
             raise FormatError(path, _key(name, part), "missing")
         parts[part] = _load_part(path, file, _key(name, part), dtype, size)
-    _check_values(path, name, scheme, parts, shape)
-    return QTensor(scheme, tuple(shape), parts)
+    turned = isinstance(format, Columns)
+    scheme, stored = (format.scheme, shape[::-1]) if turned else (format, shape)
+    _check_values(path, name, scheme, parts, stored)
+    return QTensor(format, tuple(shape), parts)
 
 
 def _check_values(path, name: str, scheme: Scheme, parts: Mapping[str, Tensor], shape) -> None:

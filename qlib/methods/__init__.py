@@ -1,9 +1,52 @@
 """How the codes are chosen: one method, one file, one public function.
 
-Every method is `method(weight, format, ...) -> QTensor`; METHODS names those that
-`quantize_model` can call.
+METHODS names those that `quantize_model` can call.
 """
 
-from .rtn import rtn
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-METHODS = {"rtn": rtn}
+from .autoround import autoround
+from .awq import awq
+from .gptq import gptq
+from .hqq import hqq
+from .rtn import imatrix, rtn
+
+
+@dataclass(frozen=True)
+class Method:
+    """A function that chooses codes, and what it has to see for that.
+
+    Args:
+        name: for reports.
+        function: `sees` says how it is called.
+        sees: "weight": function(weight, format) -> QTensor; "inputs": function(weight, format,
+            stats) -> QTensor; "block": function(block, formats) -> QTensor of every layer name.
+        stacks: every row is chosen by itself, so layers that read the same (q, k and v) can be
+            given as one tall weight, which saves time.
+        targets: the block has to know what the original model puts out (`Block.targets`).
+    """
+
+    name: str
+    function: Callable
+    sees: str = "weight"
+    stacks: bool = False
+    targets: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("rtn", rtn),
+        Method("hqq", hqq),
+        Method("imatrix", imatrix, "inputs"),
+        Method("gptq", gptq, "inputs", stacks=True),
+        Method("gptq-act-order", partial(gptq, act_order=True), "inputs", stacks=True),
+        Method("awq", awq, "block"),
+        Method("awq-clip", partial(awq, clip=True), "block"),
+        Method("autoround", autoround, "block", targets=True),
+        # Few steps, and no pass of the original model: toward what the block itself would put out.
+        Method("autoround-light", partial(autoround, steps=50), "block"),
+    )
+}
