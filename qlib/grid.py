@@ -70,6 +70,8 @@ class Grid:
 
     def decode(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Values of `codes`, float32, same shape."""
+        if self._is_integer:
+            return codes.float().add_(self.min)
         table = self.points.to(codes.device)
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 

@@ -141,7 +141,7 @@ def _table_html(head: list[str], cells: list[list[str]], right: list[bool], capt
         )
         return f"<tr>{''.join(row)}</tr>"
 
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    title = f"<caption><span>{html.escape(caption)}</span></caption>" if caption else ""
     body = "".join(line("td", texts) for texts in cells)
     return (
         f'<table class="bw-table">{title}<thead>{line("th", head)}</thead>'

@@ -444,7 +444,7 @@ def test_a_whole_model(capsys):
 def test_errors():
     block = first_block(tiny_decoder())
     formats = everywhere(block, "int4-g16")
-    with raises("need steps >= 1 and batch >= 1, got steps=0, batch=2"):
+    with raises("need steps >= 1 and batch >= 1, got steps=0, batch=4"):
         autoround(block, formats, steps=0)
     with raises("need steps >= 1 and batch >= 1, got steps=5, batch=0"):
         autoround(block, formats, steps=5, batch=0)

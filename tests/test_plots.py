@@ -91,7 +91,7 @@ def test_table_is_aligned_and_escaped():
     assert repr(shown) == "format       bpw\na<b         4.25\nnf4 & more  10.5"
     assert '<td style="text-align: left">a&lt;b</td>' in shown.markup
     assert '<th style="text-align: right">bpw</th>' in shown.markup
-    assert "<caption>C</caption>" in shown.markup
+    assert "<caption><span>C</span></caption>" in shown.markup
 
 
 SOURCES = sorted(WIDGETS.glob("*.js"))

@@ -70,7 +70,7 @@ SETTINGS = {
     "auto-round AWQ": PARENT,
     "auto-round AWQ, clip": f"{PARENT}; ranges from 512 tokens",
     "hqq": "at 4 bits the first zero point is rounded",
-    "qlib autoround": "2 windows a step",
+    "qlib autoround": "4 windows a step",
     "auto-round": "8 windows a step; float32 in place of bfloat16",
 }
 
@@ -328,7 +328,7 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", choices=[*MODELS, "matrix"])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group", type=int, nargs="+")
     parser.add_argument("--only", nargs="+", help="families, or parts of names")
     parser.add_argument("--steps", type=int, default=200, help="of AutoRound")

@@ -46,7 +46,7 @@ METHODS = {
         Method("awq", awq, "block"),
         Method("awq-clip", partial(awq, clip=True), "block"),
         Method("autoround", autoround, "block", targets=True),
-        # Few steps, and no pass of the original model: toward what the block itself would put out.
-        Method("autoround-light", partial(autoround, steps=50), "block"),
+        # An eighth of the work.
+        Method("autoround-light", partial(autoround, steps=50, batch=2), "block", targets=True),
     )
 }

@@ -31,13 +31,16 @@ CLIP = (0.5, 1.0)
 @torch.no_grad()
 def autoround(
     block: Block, formats: Mapping[str, Scheme], steps: int = 200,
-    learning_rate: float | None = None, batch: int = 2, seed: int = 0, ranges: bool = True,
+    learning_rate: float | None = None, batch: int = 4, seed: int = 0, ranges: bool = True,
     progress: bool = False,
 ) -> dict[str, QTensor]:  # fmt: skip
     """Learn the rounding and the ranges of a block's weights from the block's output error.
 
+    The error is measured against `block.targets`, what the block puts out in the original model, or
+    without them against what it puts out for its calibration calls before its weights are rounded.
+
     Args:
-        block: a decoder block with calibration calls and, for later blocks, `targets`.
+        block: a decoder block with calibration calls.
         formats: name of a linear layer in the block -> Scheme.
         steps: signed gradient steps, each on `batch` random windows of the calibration; each is
             run by itself, so how the block's calls batch them does not matter.
