@@ -179,9 +179,11 @@ def grouped(weight, hessian, bits, size, updated=True):
 
 
 @pytest.mark.parametrize(("columns", "size"), [(24, 8), (23, 8), (20, 5), (9, 16), (6, 1)])
-def test_scales_come_from_the_updated_weights(columns, size):
+@pytest.mark.parametrize("static", [True, False])
+def test_scales_come_from_the_original_or_the_updated_weights(columns, size, static):
     weight, stats = problem(7, 5, columns)
-    q = gptq(weight, f"int3-g{size}-asym", stats, damping=DAMPING).dequantize().double().numpy()
+    options = {"damping": DAMPING, "static_groups": static}
+    q = gptq(weight, f"int3-g{size}-asym", stats, **options).dequantize().double().numpy()
     base = rtn(weight, f"int3-g{size}-asym")
     rows, hessian = weight.double().numpy(), damped(stats)
     found = [False, False]
@@ -193,7 +195,8 @@ def test_scales_come_from_the_updated_weights(columns, size):
         wanted = np.where(kept, base.dequantize().double().numpy(), wanted)
         found[not updated] = np.allclose(q, wanted, rtol=1e-6, atol=1e-6)
     # With a single group the updated weights are the original ones.
-    assert found == [True, size >= columns]
+    one_group = size >= columns
+    assert found == [not static or one_group, static or one_group]
 
 
 # -- how far from the best ------------------------------------------------------------------------

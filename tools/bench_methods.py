@@ -57,7 +57,7 @@ RUNNING, FIXED = "scales of the updated weights", "scales of the original weight
 ONCE, IN_TURN = "one pass for a block", "one pass for each of q/k/v, o, gate/up, down"
 PARENT = "scales from activations and weights, by the error of attention or MLP; v/o left out"
 SETTINGS = {
-    "qlib gptq": f"damping 0.01, {RUNNING}, {ONCE}",
+    "qlib gptq": f"damping 0.01, {FIXED}, {ONCE}",
     "qlib gptq-act-order": f"order of activations, damping 0.01, {FIXED}, {ONCE}",
     "llm-compressor GPTQ, column order": f"damping 0.01, {FIXED}, {ONCE}",
     "llm-compressor GPTQ": f"order of activations, damping 0.01, {FIXED}, {ONCE}",
