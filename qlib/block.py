@@ -163,7 +163,7 @@ class Block:
             bad = int((~x.isfinite()).sum())
             raise ValueError(
                 f"{self.name}.{name}: {bad} NaN or infinite inputs on the calibration text; "
-                "the model overflows: load it in float32 or bfloat16"
+                "a weight before it is broken, or the model overflows: load it in float32"
             )
 
 

@@ -68,6 +68,8 @@ class Calibration:
         """
         if isinstance(tokens, Calibration):
             return tokens
+        if isinstance(tokens, str):
+            raise ValueError("calibration is token ids; for text: Calibration.text(tokenizer, ...)")
         samples = [torch.as_tensor(sample) for sample in _samples(tokens)]
         for sample in samples:
             if sample.ndim != 1 or sample.is_floating_point():

@@ -8,6 +8,7 @@ import fnmatch
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,8 @@ from .report import BlockResult, LayerResult, Plan, Report, Step, bytes_by_kind
 from .structure import decoder_blocks, decoder_linears
 
 UNREACHED = ("refuse", "keep", "rtn")
+# Set on a model while its weights are being replaced.
+UNFINISHED = "_qlib_unfinished"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Recipe:
     format: str | Format
     rules: tuple[tuple[str, str | Format | None], ...] = ()
     method: str | Method | Callable = "rtn"
+
+    def __post_init__(self):
+        if not all(isinstance(rule, tuple) and len(rule) == 2 for rule in self.rules):
+            raise ValueError(f"rules are (pattern, format) pairs in a tuple, got {self.rules!r}")
 
     def choose(self, layer: str) -> Format | None:
         """The format of the layer called `layer`, or None if it stays as it is."""
@@ -78,7 +85,10 @@ def plan(model: nn.Module, recipe: str | Format | Recipe) -> Plan:
     for pattern, _ in recipe.rules:
         if not fnmatch.filter(layers, pattern):
             example = next(iter(layers))
-            raise ValueError(f"rule {pattern!r} matches no layer; names look like {example}")
+            raise ValueError(
+                f"rule {pattern!r} matches no layer; names look like {example} (embeddings and "
+                "the output head stay as they are)"
+            )
     steps = tuple(_step(name, layer, recipe.choose(name)) for name, layer in layers.items())
     planned = {id(layer.weight) for layer in layers.values()}
     packed = [module.weight for module in model.modules() if isinstance(module, QLinear)]
@@ -130,14 +140,17 @@ def quantize_model(
     """
     if unreached not in UNREACHED:
         raise ValueError(f"unreached is one of {', '.join(UNREACHED)}, got {unreached!r}")
+    if getattr(model, UNFINISHED, False):
+        raise ValueError("the quantization of this model failed half-way: load it again")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
     chosen = replace(recipe, method=method or recipe.method).chosen_method()
     planned = plan(model, recipe)
-    data = _calibration(calibration, chosen)
+    data = _calibration(calibration, chosen, planned)
     report = Report(planned, chosen.name, "none" if data is None else str(data))
     start = time.perf_counter()
     settings = [chosen.name, original_inputs, unreached]
     finished = resume and Resume(resume, fingerprint(model, planned, data, settings))
+    setattr(model, UNFINISHED, True)
     blocks = calibrated_blocks(model, data, original_inputs=original_inputs, targets=chosen.targets)
     for block in bar(blocks, "quantizing", "block", progress, len(decoder_blocks(model)[1])):
         result = finished.load(block) if finished else None
@@ -151,11 +164,12 @@ def quantize_model(
             replace_layer(model, f"{block.name}.{name}".rstrip("."), QLinear(q, layer.bias))
         report.layers += result.layers
         report.unreached += result.unreached
+    delattr(model, UNFINISHED)
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _calibration(calibration, method: Method) -> Calibration | None:
+def _calibration(calibration, method: Method, planned: Plan) -> Calibration | None:
     if method.sees == "weight":
         return None
     if calibration is None:
@@ -163,7 +177,15 @@ def _calibration(calibration, method: Method) -> Calibration | None:
             f"method {method.name!r} looks at data: pass calibration=token ids, "
             "for example qlib.Calibration.text(tokenizer)"
         )
-    return Calibration.of(calibration)
+    data = Calibration.of(calibration)
+    widest = max((step.shape[1] for step in planned.steps if step.format is not None), default=0)
+    if data.tokens < widest:
+        warnings.warn(
+            f"{data.tokens} calibration tokens for layers of up to {widest} inputs: with fewer "
+            f"than several tokens for each input {method.name} can be worse than rounding",
+            stacklevel=3,
+        )
+    return data
 
 
 def _formats(planned: Plan, block: Block) -> dict[str, Format]:
@@ -260,3 +282,4 @@ def quantized(
             replace_layer(model, name, layer)
         for name, parameter in model.named_parameters():
             parameter.data = values[name]
+        vars(model).pop(UNFINISHED, None)

@@ -194,7 +194,7 @@ def test_nan_activation_names_its_layer():
     broken = next(blocks)
     with raises(
         "model.layers.1.mlp.gate_proj: 32 NaN or infinite inputs on the calibration text; "
-        "the model overflows: load it in float32 or bfloat16"
+        "a weight before it is broken, or the model overflows: load it in float32"
     ):
         broken.stats()
 

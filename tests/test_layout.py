@@ -59,7 +59,7 @@ ORDER = {
     "qlib.methods": 60,
     "qlib.report": 160,
     "qlib.files.resume": 120,
-    "qlib.recipe": 270,
+    "qlib.recipe": 290,
     "qlib.scoreboard": 100,
     "qlib.shapes": 200,
     "qlib.plan": 150,

@@ -208,7 +208,7 @@ def test_nan_activation_names_its_layer_and_leaves_no_file_of_its_block(tmp_path
     model.model.layers[1].post_attention_layernorm.weight.data[3] = float("nan")
     with raises(
         "model.layers.1.mlp.gate_proj: 160 NaN or infinite inputs on the calibration text; "
-        "the model overflows: load it in float32 or bfloat16"
+        "a weight before it is broken, or the model overflows: load it in float32"
     ):
         quantize_model(model, "int4-g16", spy({}), DATA, progress=False, resume=tmp_path)
     kept = sorted(path.name for path in tmp_path.iterdir())

@@ -208,7 +208,10 @@ def test_unknown_method():
 
 
 def test_a_rule_that_matches_nothing():
-    message = "rule '*.dwon_proj' matches no layer; names look like model.layers.0.self_attn.q_proj"
+    message = (
+        "rule '*.dwon_proj' matches no layer; names look like model.layers.0.self_attn.q_proj "
+    )
+    message += "(embeddings and the output head stay as they are)"
     with raises(message):
         plan(tiny_decoder(), Recipe("int4-row", (("*.dwon_proj", None),)))
 
@@ -272,3 +275,18 @@ def test_an_empty_report_prints():
     assert report.bits_per_weight == 0
     assert report.model_bits_per_weight == 32
     assert "0 layers quantized" in str(Report(report.plan))
+
+
+def test_a_model_that_failed_half_way_is_not_quantized_again():
+    model, text = tiny_decoder(), qlib.Calibration.of(torch.arange(80) % 7, context=16)
+    model.model.layers[1].input_layernorm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1"):
+        quantize_model(model, "int2-g8", "gptq", text, progress=False)
+    model.model.layers[1].input_layernorm.weight.data[0] = 1
+    with raises("the quantization of this model failed half-way: load it again"):
+        quantize_model(model, "int4-g8", progress=False)
+
+
+def test_rules_are_pairs():
+    with raises("rules are (pattern, format) pairs in a tuple, got ('*.q_proj', None)"):
+        Recipe("int4-row", ("*.q_proj", None))
