@@ -27,10 +27,11 @@ $(SITE): | $(STAMP)
 serve: $(SITE)
 	$(PY) tools/build_site.py --serve $(PORT)
 
-# Beside other libraries, in one run: speed of formats, then quality and speed of methods. The second takes an
+# Beside other libraries, in one run: speed of formats, of ggml's blocks, then quality and speed of methods. The last takes an
 # hour or two and 6 GB for the peers; METHODS="--bits 4 --group 128 --only GPTQ" measures a part of it.
 bench: $(VENV)/bench
 	$(PY) tools/bench.py
+	$(PY) tools/bench_ggml.py
 	$(PY) tools/bench_methods.py $(METHODS)
 
 # The tests that need an NVIDIA GPU.

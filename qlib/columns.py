@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .qtensor import QTensor
-from .scheme import Layout, Scheme, _checked
+from .scheme import Layout, Scheme, checked
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Columns:
         """
         if importance is not None:
             importance = self.turn(importance.expand(weight.shape))
-        return self.of(self.scheme.quantize(self.turn(_checked(weight)), importance))
+        return self.of(self.scheme.quantize(self.turn(checked(weight)), importance))
 
     def turn(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "in out"]:
         """The transposed weight, which `scheme` cuts into blocks. Raises ValueError if not 2-D."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import fit, grid
+from . import fit, ggml, grid
 from .qtensor import Format, QTensor
 from .scheme import Scheme
 
@@ -42,6 +42,8 @@ NAMED: dict[str, Format] = {
     "fp8_e5m2": FP8_E5M2,
     "ternary": TERNARY,
 }
+# The block formats of llama.cpp: q4_0, q4_k, iq4_xs, ... as rows of bytes for a GGUF file.
+NAMED |= ggml.FORMATS
 
 INTEGER = re.compile(r"int([1-8])(?:-(g[1-9]\d*|row|tensor))?(?:-(sym|asym|offset))?(-mse)?")
 EXAMPLES = ["int8", "int8-tensor", "int6-g64", "int4-row", "int4-g128", "int4-g32-asym"]

@@ -88,7 +88,7 @@ class Scheme:
         Raises ValueError for empty, non-floating or non-finite weights and for scales that
         overflow their storage.
         """
-        w = self.rows(_checked(weight))
+        w = self.rows(checked(weight))
         if importance is not None:
             importance = self.rows(importance.float().expand(weight.shape))
         parts = self.store(*self.fit_blocks(w, importance))
@@ -198,8 +198,9 @@ class Scheme:
 
     def pack(self, codes: Tensor, shape) -> Tensor:
         """Codes in any arrangement of `shape`, packed row by row."""
-        codes = codes.reshape(_matrix_shape(shape))
-        return pack_trits(codes) if len(self.grid.points) == 3 else pack(codes, self.grid.bits)
+        codes, bits = codes.reshape(_matrix_shape(shape)), self.grid.bits
+        ternary = len(self.grid.points) == 3
+        return _by_rows(lambda x: [pack_trits(x) if ternary else pack(x, bits)], codes)[0]
 
     def unpack(self, packed: Tensor, shape) -> Int[Tensor, "rows cols"]:
         """Codes [rows, cols] of the packed tensor."""
@@ -232,7 +233,7 @@ def _is_known(grid: Grid) -> bool:
     return GRIDS.get(grid.name) == grid
 
 
-def _checked(weight: Tensor) -> Tensor:
+def checked(weight: Tensor) -> Tensor:
     shape = list(weight.shape)
     if not weight.is_floating_point():
         raise ValueError(f"weight {shape} has dtype {weight.dtype}; quantize takes floating point")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .errors import FormatError
-from .files import checkpoint, gguf_llama, hf
+from .files import checkpoint, gguf_export, gguf_llama, hf
+from .files.gguf_report import GgufReport
 from .model import Decoder
 from .tokenizer import Tokenizer
 from .transform import permute_channels
@@ -23,7 +24,7 @@ SMALL_FOLDER = Path(__file__).parent / "data" / "own"
 SMOLLM2 = "smollm2-135m"
 NAMES = (SMOLLM2, SMALL)
 REFERENCE_SEED = 0
-CONTAINERS = {checkpoint.CONTAINER: checkpoint.save}
+CONTAINERS = {checkpoint.CONTAINER: checkpoint.save, "gguf": gguf_export.save}
 
 
 @dataclass(frozen=True)
@@ -152,17 +153,20 @@ def _download(repository: str) -> Path:
 
 def save(
     model: Decoder,
-    folder: str | os.PathLike,
+    path: str | os.PathLike,
     tokenizer: Tokenizer | None = None,
-    container: str = checkpoint.CONTAINER,
-) -> None:
-    """Write a model, quantized or not, to a folder that `load` reads.
+    container: str | None = None,
+    **options,
+) -> GgufReport | None:
+    """Write a model, quantized or not, to a folder or a .gguf file that `load` reads.
 
     Args:
         model: our decoder, after `quantize_model` or as loaded.
-        folder: made if need be; files are replaced atomically.
-        tokenizer: travels with the model if given.
-        container: the layout of the files; a name in CONTAINERS.
+        path: a folder, made if need be, or a file that ends in .gguf; replaced atomically.
+        tokenizer: travels with the model if given; a .gguf file needs it.
+        container: the layout of the files, a name in CONTAINERS; by default the path decides.
+        options: for "gguf" those of `gguf_export.export`: mix="Q4_K_M", importance=, ...; the
+            result is its report.
 
     Raises ValueError, with the nearest name, for an unknown container, and TypeError for a model
     that is not our Decoder (write that one with save_pretrained, load it here, then quantize it).
@@ -172,7 +176,9 @@ def save(
         raise TypeError(
             f"save takes a model from qlib.load, not a {kind}; quantize that one instead"
         )
+    if container is None:
+        container = "gguf" if os.fspath(path).endswith(".gguf") else checkpoint.CONTAINER
     if container not in CONTAINERS:
         near = difflib.get_close_matches(container, CONTAINERS, n=1, cutoff=0.0)
         raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")
-    CONTAINERS[container](folder, model, tokenizer)
+    return CONTAINERS[container](path, model, tokenizer, **options)

@@ -27,7 +27,8 @@ INTEGERS = (
     *("int4-g16", "int4-g16-asym", "int3-g16-asym-mse", "int2-g7-asym", "int4-g16-offset"),
     *("int8-row", "int3-row-asym", "int4-tensor", "int2-tensor-asym", "int1-g8", "int1-g8-asym"),
 )
-FORMATS = {name: named(name) for name in INTEGERS} | NAMED | {
+SCHEMES = {name: format for name, format in NAMED.items() if isinstance(format, Scheme)}
+FORMATS = {name: named(name) for name in INTEGERS} | SCHEMES | {
     "superblock": Scheme(grid.int_grid(4), 8, fit.absmax, scale=SUPERBLOCK),
     "superblock-offset": Scheme(
         grid.GRIDS["uint4"], 8, fit.minmax, scale=SUPERBLOCK,

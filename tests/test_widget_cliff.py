@@ -75,7 +75,7 @@ def test_a_small_change_of_the_name_changes_the_family(format, expected, twin):
     assert family(twin) == family_of_scheme(twin)
 
 
-@pytest.mark.parametrize("format", ["q4_k", "int4-g32-", "int44", "xint4-g32", "ternary2", ""])
+@pytest.mark.parametrize("format", ["q4_k_m", "int4-g32-", "int44", "xint4-g32", "ternary2", ""])
 def test_a_name_of_no_family(format):
     message = f"format {format!r} belongs to no family of the cliff explorer"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import ggml
 from ..errors import FormatError
-from . import ggml
 
 # Metadata value types: numbers by numpy name, then the three that are not numbers.
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4"}
@@ -63,10 +63,10 @@ class Gguf:
         Raises FormatError if its type has no decoder, and KeyError if there is no such tensor.
         """
         info = self.tensors[name]
-        if info.kind.name not in ggml.DECODERS:
+        if info.kind.name not in ggml.READERS:
             message = (
                 f"has type {info.kind.name}, which cannot be read; "
-                f"convert the file to one of {', '.join(ggml.DECODERS)}"
+                f"convert the file to one of {', '.join(ggml.READERS)}"
             )
             raise FormatError(self.path, name, message, info.start)
         return torch.from_numpy(ggml.decode(info.kind, self.raw(name), info.shape))
@@ -126,19 +126,18 @@ class _Cursor:
     def strings(self, count: int, field: str) -> list[str]:
         # A vocabulary has 100,000 strings: this loop is the time it takes to open a file.
         data, end, at, found = self.data, len(self.data), self.at, []
-        for _ in range(count):
-            start = at + 8
-            size = int.from_bytes(data[at:start], "little")
-            if start + size > end:
-                raise self.error(field, "a string runs past the end of the file", at)
-            at = start + size
-            found.append(data[start:at])
         try:
-            decoded = [text.decode() for text in found]
+            for _ in range(count):
+                start = at + 8
+                size = int.from_bytes(data[at:start], "little")
+                if start + size > end:
+                    raise self.error(field, "a string runs past the end of the file", at)
+                at = start + size
+                found.append(data[start:at].decode())
         except UnicodeDecodeError as error:
-            raise self.error(field, "a string is not valid UTF-8") from error
+            raise self.error(field, "a string is not valid UTF-8", start - 8) from error
         self.at = at
-        return decoded
+        return found
 
 
 def _check_header(cursor: _Cursor) -> None:
@@ -225,9 +224,9 @@ def _read_info(cursor: _Cursor, field: str, alignment: int) -> TensorInfo:
     # The file lists the contiguous axis first.
     shape = tuple(cursor.number("<u8", name) for _ in range(n_dims))[::-1]
     number = cursor.number("<u4", name)
-    if number not in ggml.TYPES:
+    if number not in ggml.BY_ID:
         raise cursor.error(name, f"has the unknown tensor type {number}", cursor.at - 4)
-    kind = ggml.TYPES[number]
+    kind = ggml.BY_ID[number]
     if min(shape) < 1 or shape[-1] % kind.block:
         message = f"has shape {list(shape)}; {kind.name} needs rows of a multiple of {kind.block}"
         raise cursor.error(name, message, start)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -40,6 +40,10 @@ IN_BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.weight")
+# The same names the other way, for those who write files.
+TO_OUTSIDE = {ours: theirs for theirs, ours in OUTSIDE_BLOCKS.items()}
+TO_BLOCK = {ours: theirs for theirs, ours in IN_BLOCK.items()}
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 CONTROL, USER_DEFINED = 3, 4
 REQUIRED = object()
 
@@ -95,10 +99,26 @@ def hf_name(file: gguf.Gguf, name: str) -> str:
     raise FormatError(file.path, name, message, file.tensors[name].start)
 
 
+def gguf_name(name: str) -> str:
+    """The inverse of `hf_name`. Raises ValueError for a parameter that a Llama has not."""
+    match = LAYER_NAME.fullmatch(name)
+    if match and match[2] in TO_BLOCK:
+        return f"blk.{match[1]}.{TO_BLOCK[match[2]]}.weight"
+    if name not in TO_OUTSIDE:
+        raise ValueError(f"{name}: a Llama in a GGUF file has no such tensor")
+    return TO_OUTSIDE[name]
+
+
 def halves_from_pairs(weight: Float[Tensor, "out in"], heads: int) -> Float[Tensor, "out in"]:
     """Reorder the rows of each head from (pair, member) to (member, pair)."""
     pairs = weight.unflatten(0, (heads, -1, 2))
     return pairs.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def pairs_from_halves(rows: Shaped[Tensor, "out row"], heads: int) -> Shaped[Tensor, "out row"]:
+    """The inverse order, of the rows of weights or of packed rows: from (member, pair) back."""
+    halves = rows.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def read_config(file: gguf.Gguf) -> Config:

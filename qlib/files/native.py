@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import ggml
 from ..columns import Columns
 from ..errors import FormatError
 from ..fit import FITS
+from ..ggml import BlockFormat
 from ..grid import GRIDS, Grid
-from ..qtensor import QTensor
+from ..qtensor import Format, QTensor
 from ..scheme import Scheme
 from .atomic import replacing
 
@@ -74,8 +76,10 @@ def load_dense(path: str | os.PathLike) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def format_to_dict(format: Scheme | Columns) -> dict:
+def format_to_dict(format: Format) -> dict:
     """A format as JSON data. Raises ValueError for formats and fits that have no name here."""
+    if isinstance(format, BlockFormat):
+        return {"ggml": format.kind.name}
     if isinstance(format, Columns):
         return {"columns": scheme_to_dict(format.scheme)}
     return scheme_to_dict(format)
@@ -108,7 +112,12 @@ class _Reader:
     def __init__(self, path, field: str, learned: Tensor | None):
         self.path, self.field, self.learned = path, field, learned
 
-    def format(self, data) -> Scheme | Columns:
+    def format(self, data) -> Format:
+        if isinstance(data, dict) and set(data) == {"ggml"}:
+            formats = {format.kind.name: format for format in ggml.FORMATS.values()}
+            if isinstance(data["ggml"], str) and data["ggml"] in formats:
+                return formats[data["ggml"]]
+            raise self.error(f"unknown ggml type {data['ggml']!r}")
         if isinstance(data, dict) and set(data) == {"columns"}:
             return Columns(self.scheme(data["columns"]))
         return self.scheme(data)
@@ -187,11 +196,19 @@ def _load_one(path, file, name: str, data) -> QTensor:
     format = _Reader(path, field, learned).format(data.get("format"))
     if isinstance(format, Columns) and len(shape) != 2:
         raise FormatError(path, field, f"shape {shape} has no columns")
+    try:
+        layout = format.layout(shape)
+    except ValueError as error:
+        raise FormatError(path, field, str(error)) from None
     parts = {}
-    for part, (dtype, size) in format.layout(shape).items():
+    for part, (dtype, size) in layout.items():
         if _key(name, part) not in present:
             raise FormatError(path, _key(name, part), "missing")
         parts[part] = _load_part(path, file, _key(name, part), dtype, size)
+    if isinstance(format, BlockFormat):
+        if not bool(format.decode(parts, shape).isfinite().all()):
+            raise FormatError(path, _key(name, "blocks"), "holds NaN or infinite values")
+        return QTensor(format, tuple(shape), parts)
     turned = isinstance(format, Columns)
     scheme, stored = (format.scheme, shape[::-1]) if turned else (format, shape)
     _check_values(path, name, scheme, parts, stored)

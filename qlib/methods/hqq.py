@@ -10,7 +10,7 @@ from ..columns import Columns
 from ..grid import Grid
 from ..presets import format as named_format
 from ..qtensor import Format, QTensor
-from ..scheme import Scheme, _checked
+from ..scheme import Scheme, checked
 
 # Weights in one update: its four temporaries of float32 fit a second-level cache of 2 MiB.
 CHUNK_WEIGHTS = 1 << 17
@@ -48,7 +48,7 @@ def hqq(
     settings = (iterations, norm, beta, growth)
     if not (iterations >= 0 and 0 < norm <= 1 and beta > 0 and growth >= 1):
         raise ValueError(f"need iterations >= 0, 0 < norm <= 1, beta > 0, growth >= 1: {settings}")
-    scheme, w = named_format(format) if isinstance(format, str) else format, _checked(weight)
+    scheme, w = named_format(format) if isinstance(format, str) else format, checked(weight)
     if axis == 0 and not isinstance(scheme, Columns):
         scheme = Columns(scheme)
     if isinstance(scheme, Columns):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from qlib.files import ggml
+from qlib import ggml
 
-BY_NAME = {kind.name: kind for kind in ggml.TYPES.values()}
+BY_NAME = ggml.TYPES
 BLOCKED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 

@@ -1,0 +1,261 @@
+"""A Llama as a GGUF file for llama.cpp: quantized to a mix, or with the bytes that it has already.
+
+What is written is what a layer computes with: `gguf_llama.load` reads back exactly the weights that
+`QTensor.dequantize()` gives for the stored blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ggml
+from ..calibrate import Calibration
+from ..ggml import mixes
+from ..model import Config, Decoder
+from ..progress import bar
+from ..qtensor import QTensor
+from ..tokenizer import Tokenizer
+from . import gguf_tokenizer, gguf_write
+from .assemble import parameter_shapes
+from .gguf_llama import gguf_name, pairs_from_halves
+from .gguf_report import GgufReport, Stored
+from .imatrix import Imatrix, measure
+
+# llama.cpp makes these of activations, and reads no file that has them.
+NAMES = [name for name, form in ggml.FORMATS.items() if form.kind.name not in ("Q8_1", "Q8_K")]
+FORMATS = {ggml.FORMATS[name].kind.name: ggml.FORMATS[name] for name in NAMES}
+DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Weight = Tensor | QTensor
+
+
+def export(
+    model: Decoder, tokenizer: Tokenizer, path: str | os.PathLike,
+    mix: str | Mapping[str, str] = "Q4_K_M", importance: Imatrix | Calibration | None = None,
+    progress: bool = True, add_bos: bool = False,
+) -> GgufReport:  # fmt: skip
+    """Write a model and its tokenizer to a GGUF file that llama.cpp runs.
+
+    Args:
+        model: our Decoder. A layer that is quantized already, in a block format of ggml, keeps its
+            bytes whatever the mix says.
+        tokenizer: byte-level BPE.
+        path: the file; it is replaced atomically, and tensors are made one at a time.
+        mix: a file type of llama.cpp ("Q4_K_M", "IQ4_XS", "Q8_0", "F16", ...), or the type of every
+            matrix by its GGUF name (`mixes.for_bits(...).types`).
+        importance: an imatrix, or the calibration text to measure it on first.
+        progress: show a bar if it takes long.
+        add_bos: note in the file that llama.cpp shall put the BOS before every text; by default it
+            adds nothing, as our tokenizer does.
+
+    Raises ValueError before anything is written for layers in formats that GGUF cannot hold, for
+    tokenizers that it cannot express, and for types that cannot be made (without an importance).
+    """
+    start = time.perf_counter()
+    weights = dict(named_weights(model))
+    if isinstance(importance, Calibration):
+        importance = measure(model, importance)
+    chosen = _choose(mix, model.config, weights, importance)
+    keys = _metadata(model.config, mix, weights, chosen, importance)
+    keys |= gguf_tokenizer.metadata(tokenizer, model.config.vocab_size, add_bos)
+    plan = _Plan(weights, chosen, dict(_heads(model.config)), importance)
+    tensors = plan.tensors(progress)
+    size = gguf_write.write(path, keys, tensors)
+    stored = (
+        Stored(name, kind.name, shape, gguf_write.tensor_bytes(name, kind, shape))
+        for name, (kind, shape, _) in tensors.items()
+    )
+    return GgufReport(
+        os.fspath(path),
+        mix if isinstance(mix, str) else "own",
+        size,
+        tuple(stored),
+        chosen.fallbacks,
+        "none" if importance is None else repr(importance),
+        time.perf_counter() - start,
+    )
+
+
+def relative_errors(
+    model: Decoder, candidates: Sequence[str], importance: Imatrix | None = None
+) -> dict[str, dict[str, float]]:
+    """Error energy over signal energy of every matrix in every candidate type, for `for_bits`.
+
+    Both energies weight the columns by the importance, so they are those of the layer's outputs (as
+    far as its inputs are uncorrelated). Types that do not divide a matrix's rows are left out.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, weight in named_weights(model):
+        if isinstance(weight, QTensor) or weight.ndim < 2:
+            continue
+        given = None if importance is None else importance.get(name)
+        columns = 1.0 if given is None else given
+        energy = float((weight.float().square() * columns).sum())
+        fits = [kind for kind in candidates if weight.shape[-1] % ggml.TYPES[kind].block == 0]
+        found[name] = {}
+        for kind in fits:
+            values = _format(name, kind).quantize(weight, given).dequantize()
+            error = float(((values - weight).square() * columns).sum())
+            found[name][kind] = error / energy if energy else 0.0
+    return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    weights: Mapping[str, Weight]
+    mix: mixes.Mix
+    heads: Mapping[str, int]
+    imatrix: Imatrix | None
+
+    def tensors(self, progress: bool) -> gguf_write.Tensors:
+        """What `gguf_write.write` takes; the bar moves when it asks for a tensor's bytes."""
+        ticks = iter(bar(self.weights, "writing", "tensor", progress))
+
+        def content(name: str) -> np.ndarray:
+            next(ticks)
+            return self.blocks(name)
+
+        kinds = {name: ggml.TYPES[kind] for name, kind in self.mix.types.items()}
+        return {
+            name: (kinds[name], tuple(weight.shape), functools.partial(content, name))
+            for name, weight in self.weights.items()
+        }
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The bytes of a tensor, its rows in the order of llama.cpp, uint8."""
+        weight, kind = self.weights[name], self.mix.types[name]
+        if kind in DENSE:
+            rows = weight.detach().cpu().to(DENSE[kind])
+        elif isinstance(weight, QTensor):
+            rows = weight.parts["blocks"].cpu()
+        else:
+            given = None if self.imatrix is None else self.imatrix.get(name)
+            rows = _format(name, kind).quantize(weight.detach().cpu(), given).parts["blocks"]
+        if name in self.heads:
+            rows = pairs_from_halves(rows, self.heads[name])
+        return rows.contiguous().view(torch.uint8).numpy()
+
+
+def named_weights(model: Decoder) -> Iterator[tuple[str, Weight]]:
+    """Every weight by its GGUF name, as the model has it."""
+    if not isinstance(model, Decoder):
+        kind = type(model).__name__
+        raise TypeError(f"export takes a model from qlib.load, not a {kind}")
+    for name, _ in parameter_shapes(model.config):
+        layer = name.removesuffix(".weight")
+        module = model.get_submodule(layer)
+        if getattr(module, "bias", None) is not None:
+            raise ValueError(f"{layer}: has a bias, which a Llama in a GGUF file has not")
+        weight = module.weight
+        if isinstance(weight, QTensor) and weight.format not in FORMATS.values():
+            raise ValueError(
+                f"{layer}: a GGUF file cannot hold its format ({weight.format}); quantize it to "
+                f"one of {', '.join(NAMES)}, or keep it with qlib.save"
+            )
+        yield gguf_name(name), weight
+
+
+def _heads(config: Config) -> Iterator[tuple[str, int]]:
+    """The tensors whose rows llama.cpp has in another order, and how many heads they have."""
+    for layer in range(config.num_hidden_layers):
+        yield f"blk.{layer}.attn_q.weight", config.num_attention_heads
+        yield f"blk.{layer}.attn_k.weight", config.num_key_value_heads
+
+
+def _choose(
+    mix: str | Mapping[str, str], config: Config, weights: Mapping[str, Weight],
+    imatrix: Imatrix | None,
+) -> mixes.Mix:  # fmt: skip
+    """The type of every tensor; all that can be wrong with it is found before the file is begun."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if isinstance(mix, str):
+        gqa = config.num_attention_heads // config.num_key_value_heads
+        chosen = mixes.assign(mix, shapes, gqa, imatrix is not None)
+    else:
+        missing = {name for name, shape in shapes.items() if len(shape) > 1} ^ mix.keys()
+        if missing:
+            raise ValueError(f"{min(missing)}: a mix names every matrix of the model, and no other")
+        chosen = mixes.fitted({name: mix.get(name, "F32") for name in shapes}, shapes)
+    packed = {n: w.format.kind.name for n, w in weights.items() if isinstance(w, QTensor)}
+    fallbacks = (fallback for fallback in chosen.fallbacks if fallback.tensor not in packed)
+    for name, kind in chosen.types.items():
+        if name not in packed and kind not in DENSE:
+            _check(mix if isinstance(mix, str) else None, name, kind, shapes[name], imatrix)
+        if name not in packed and kind == "F16":
+            _check_half(name, weights[name])
+    return mixes.Mix(chosen.types | packed, tuple(fallbacks))
+
+
+def _check(
+    file_type: str | None, name: str, kind: str, shape: tuple[int, ...], imatrix: Imatrix | None
+) -> None:
+    form = _format(name, kind)
+    given = None if imatrix is None else imatrix.get(name)
+    if given is not None and len(given) != shape[-1]:
+        message = f"imatrix size {len(given)} is different from tensor size {shape[-1]}"
+        raise ValueError(f"{name}: {message}; measure it on this model")
+    needed = form.needs_importance or mixes.needs_importance(file_type, name, kind)
+    if given is None and needed:
+        raise ValueError(
+            f"{name}: quantization to {kind} requires an importance matrix; "
+            "give importance=Calibration.text(tokenizer)"
+        )
+
+
+def _check_half(name: str, weight: Tensor) -> None:
+    largest = float(weight.abs().max())
+    if not largest <= torch.finfo(torch.float16).max:
+        raise ValueError(f"{name}: {largest:g} is too large for F16; use BF16 or F32")
+
+
+def _format(name: str, kind: str) -> ggml.BlockFormat:
+    if kind not in FORMATS:
+        raise ValueError(f"{name}: {kind} cannot be written; the types are {', '.join(FORMATS)}")
+    return FORMATS[kind]
+
+
+def _metadata(
+    config: Config, mix: str | Mapping[str, str], weights: Mapping[str, Weight],
+    chosen: mixes.Mix, imatrix: Imatrix | None,
+) -> dict[str, tuple[str, Any]]:  # fmt: skip
+    keys: dict[str, tuple[str, Any]] = {
+        "general.architecture": ("string", "llama"),
+        "general.type": ("string", "model"),
+        "llama.block_count": ("u32", config.num_hidden_layers),
+        "llama.context_length": ("u32", config.max_position_embeddings),
+        "llama.embedding_length": ("u32", config.hidden_size),
+        "llama.feed_forward_length": ("u32", config.intermediate_size),
+        "llama.attention.head_count": ("u32", config.num_attention_heads),
+        "llama.attention.head_count_kv": ("u32", config.num_key_value_heads),
+        "llama.attention.key_length": ("u32", config.head_dim),
+        "llama.attention.value_length": ("u32", config.head_dim),
+        "llama.attention.layer_norm_rms_epsilon": ("f32", config.rms_norm_eps),
+        "llama.rope.dimension_count": ("u32", config.head_dim),
+        "llama.rope.freq_base": ("f32", config.rope_theta),
+        "llama.vocab_size": ("u32", config.vocab_size),
+    }
+    # A file of another mix has no file type; llama.cpp then guesses one from the types it finds.
+    if isinstance(mix, str) and not any(isinstance(w, QTensor) for w in weights.values()):
+        keys["general.file_type"] = ("u32", mixes.FILE_TYPES[mix].id)
+    if not DENSE.keys() >= set(chosen.types.values()):
+        keys["general.quantization_version"] = ("u32", 2)
+    if imatrix is not None:
+        keys["quantize.imatrix.dataset"] = ("string", ", ".join(imatrix.datasets))
+        keys["quantize.imatrix.entries_count"] = ("u32", len(imatrix.sums))
+        keys["quantize.imatrix.chunks_count"] = ("u32", imatrix.chunk_count)
+    return keys
+
+
+def save(path: str | os.PathLike, model: Decoder, tokenizer: Tokenizer | None, **options):
+    """`export` with the arguments of `qlib.save`."""
+    if tokenizer is None:
+        raise ValueError("a GGUF file holds its tokenizer: qlib.save(model, path, tokenizer)")
+    return export(model, tokenizer, path, **options)
