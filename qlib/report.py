@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .qtensor import Format, QTensor
 
 KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zeros", "offset": "zeros"}
+KINDS |= {"blocks": "blocks"}
 
 
 @dataclass(frozen=True)

@@ -181,4 +181,7 @@ def save(
     if container not in CONTAINERS:
         near = difflib.get_close_matches(container, CONTAINERS, n=1, cutoff=0.0)
         raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")
+    if options and container != "gguf":
+        given = ", ".join(options)
+        raise TypeError(f"{given}: only for GGUF files; give a path that ends in .gguf")
     return CONTAINERS[container](path, model, tokenizer, **options)

@@ -337,11 +337,29 @@ def test_own_mix(tmp_path):
     assert {t.name: t.kind for t in report.tensors if len(t.shape) > 1} == own
     assert "general.file_type" not in gguf.read(tmp_path / "m.gguf").metadata
     assert report.rows()[0] == ("mix", "own")
-    message = "a mix names every matrix of the model, and no other"
-    with raises(f"token_embd.weight: {message}"):
+    message = "a mix names every matrix of the model, and this one is"
+    with raises(f"token_embd.weight: {message} missing"):
         export(model, tmp_path / "m.gguf", {n: "Q8_0" for n in names if n != "token_embd.weight"})
-    with raises(f"output_norm.weight: {message}"):
+    unknown = f"{message} unknown; names look like blk.0.attn_k.weight"
+    with raises(f"output_norm.weight: {unknown}"):
         export(model, tmp_path / "m.gguf", own | {"output_norm.weight": "Q8_0"})
+    with pytest.raises(ValueError, match=r"attn_q.weight: Q7_K cannot be written; the types are"):
+        export(model, tmp_path / "m.gguf", own | {"blk.0.attn_q.weight": "q7_k"})
+
+
+def test_own_mix_of_so_many_bits(tmp_path):
+    model, _ = qlib.load("bpw-small")
+    sizes = {}
+    for bits in (3.5, 5):
+        report = export(model, tmp_path / "m.gguf", bits)
+        assert 0.99 * bits < report.bits_per_weight <= bits
+        sizes[bits] = {t.kind for t in report.tensors}
+    assert sizes[3.5] != sizes[5]
+    # A Mix is taken as it is, and too few bits are refused.
+    mix = gguf_export.own_mix(model, 3.5)
+    assert export(model, tmp_path / "m.gguf", mix).bits_per_weight <= 3.5
+    with pytest.raises(ValueError, match="bits per weight: these candidates take"):
+        export(model, tmp_path / "m.gguf", 2.0)
 
 
 def test_relative_errors():

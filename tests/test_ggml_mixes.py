@@ -189,7 +189,8 @@ def test_who_needs_an_imatrix():
 
 
 def test_unknown_file_type():
-    with raises(f"unknown file type 'Q4_K_X'; known are {', '.join(mixes.FILE_TYPES)}"):
+    known = ", ".join(mixes.FILE_TYPES)
+    with raises(f"unknown file type 'Q4_K_X': did you mean 'Q4_K_S'? known are {known}"):
         mixes.assign("Q4_K_X", llama(), 2, imatrix=False)
 
 

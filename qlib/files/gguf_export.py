@@ -7,6 +7,7 @@ What is written is what a layer computes with: `gguf_llama.load` reads back exac
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,18 +29,21 @@ from . import gguf_tokenizer, gguf_write
 from .assemble import parameter_shapes
 from .gguf_llama import gguf_name, pairs_from_halves
 from .gguf_report import GgufReport, Stored
-from .imatrix import Imatrix, measure
+from .imatrix import Imatrix, measure, read
 
 # llama.cpp makes these of activations, and reads no file that has them.
 NAMES = [name for name, form in ggml.FORMATS.items() if form.kind.name not in ("Q8_1", "Q8_K")]
 FORMATS = {ggml.FORMATS[name].kind.name: ggml.FORMATS[name] for name in NAMES}
+# What a mix of one's own is made of, unless it is said.
+CANDIDATES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Weight = Tensor | QTensor
 
 
 def export(
     model: Decoder, tokenizer: Tokenizer, path: str | os.PathLike,
-    mix: str | Mapping[str, str] = "Q4_K_M", importance: Imatrix | Calibration | None = None,
+    mix: str | float | Mapping[str, str] | mixes.Mix = "Q4_K_M",
+    importance: Imatrix | Calibration | str | os.PathLike | None = None,
     progress: bool = True, add_bos: bool = False,
 ) -> GgufReport:  # fmt: skip
     """Write a model and its tokenizer to a GGUF file that llama.cpp runs.
@@ -49,9 +53,10 @@ def export(
             bytes whatever the mix says.
         tokenizer: byte-level BPE.
         path: the file; it is replaced atomically, and tensors are made one at a time.
-        mix: a file type of llama.cpp ("Q4_K_M", "IQ4_XS", "Q8_0", "F16", ...), or the type of every
-            matrix by its GGUF name (`mixes.for_bits(...).types`).
-        importance: an imatrix, or the calibration text to measure it on first.
+        mix: a file type of llama.cpp ("Q4_K_M", "IQ4_XS", "Q8_0", "F16", ...); a number, the bits
+            per weight of a mix of one's own (`own_mix`); or the type of every matrix by its GGUF
+            name.
+        importance: an imatrix, a file with one, or the calibration text to measure it on first.
         progress: show a bar if it takes long.
         add_bos: note in the file that llama.cpp shall put the BOS before every text; by default it
             adds nothing, as our tokenizer does.
@@ -63,6 +68,12 @@ def export(
     weights = dict(named_weights(model))
     if isinstance(importance, Calibration):
         importance = measure(model, importance)
+    if isinstance(importance, (str, os.PathLike)):
+        importance = read(importance)
+    if isinstance(mix, (int, float)):
+        mix = own_mix(model, mix, importance)
+    mix = mix.types if isinstance(mix, mixes.Mix) else mix
+    kept = sum(isinstance(weight, QTensor) for weight in weights.values())
     chosen = _choose(mix, model.config, weights, importance)
     keys = _metadata(model.config, mix, weights, chosen, importance)
     keys |= gguf_tokenizer.metadata(tokenizer, model.config.vocab_size, add_bos)
@@ -75,7 +86,8 @@ def export(
     )
     return GgufReport(
         os.fspath(path),
-        mix if isinstance(mix, str) else "own",
+        (mix if isinstance(mix, str) else "own")
+        + f", {kept} matrices kept as they were" * bool(kept),
         size,
         tuple(stored),
         chosen.fallbacks,
@@ -106,6 +118,22 @@ def relative_errors(
             error = float(((values - weight).square() * columns).sum())
             found[name][kind] = error / energy if energy else 0.0
     return found
+
+
+def own_mix(
+    model: Decoder, bits: float, importance: Imatrix | None = None,
+    candidates: Sequence[str] = CANDIDATES,
+) -> mixes.Mix:  # fmt: skip
+    """A mix of at most `bits` per weight, norms included, spent where `relative_errors` are large.
+
+    Raises ValueError if even the smallest candidates take more.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model)}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    total, inside = (sum(map(math.prod, s.values())) for s in (shapes, matrices))
+    left = (bits * total - 32 * (total - inside)) / inside
+    errors = relative_errors(model, candidates, importance)
+    return mixes.for_bits(left, errors, matrices, candidates)
 
 
 @dataclass(frozen=True)
@@ -180,9 +208,16 @@ def _choose(
         gqa = config.num_attention_heads // config.num_key_value_heads
         chosen = mixes.assign(mix, shapes, gqa, imatrix is not None)
     else:
-        missing = {name for name, shape in shapes.items() if len(shape) > 1} ^ mix.keys()
-        if missing:
-            raise ValueError(f"{min(missing)}: a mix names every matrix of the model, and no other")
+        matrices = {name for name, shape in shapes.items() if len(shape) > 1}
+        for name in sorted(matrices ^ mix.keys()):
+            what = (
+                "is missing" if name in matrices else f"is unknown; names look like {min(matrices)}"
+            )
+            raise ValueError(f"{name}: a mix names every matrix of the model, and this one {what}")
+        mix = {name: kind.upper() for name, kind in mix.items()}
+        for name, kind in mix.items():
+            if kind not in DENSE:
+                _format(name, kind)
         chosen = mixes.fitted({name: mix.get(name, "F32") for name in shapes}, shapes)
     packed = {n: w.format.kind.name for n, w in weights.items() if isinstance(w, QTensor)}
     fallbacks = (fallback for fallback in chosen.fallbacks if fallback.tensor not in packed)

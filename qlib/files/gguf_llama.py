@@ -77,6 +77,9 @@ def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[D
 
     def fetch(name: str) -> Tensor:
         weight = file.tensor(stored[name])
+        if not bool(weight.isfinite().all()):
+            message = "holds NaN or infinite weights; the file is damaged"
+            raise FormatError(path, stored[name], message, file.tensors[stored[name]].start)
         if name.endswith("q_proj.weight"):
             weight = halves_from_pairs(weight, config.num_attention_heads)
         if name.endswith("k_proj.weight"):

@@ -83,13 +83,16 @@ class BlockFormat:
 
         Args:
             weight: floating point; its last axis is a multiple of the block.
-            importance: weight of each squared error, broadcastable to `weight`: an imatrix.
+            importance: weight of each squared error, [in] or like `weight`: an imatrix.
 
         Raises ValueError for weights that are empty, not finite or too large for the scales, and
         for rows that are no whole number of blocks.
         """
         rows = self._rows(checked(weight))
         if importance is not None:
+            if importance.shape[-1:] != weight.shape[-1:]:
+                found, need = list(importance.shape), weight.shape[-1]
+                raise ValueError(f"importance {found} is for other columns: need [{need}]")
             given = importance.float().expand(weight.shape).reshape(rows.shape)
             importance = given.cpu().numpy()
         x = rows.cpu().contiguous().numpy()
@@ -151,9 +154,9 @@ class BlockFormat:
 
     def _check(self, shape) -> None:
         if not len(shape) or shape[-1] % self.kind.block:
+            fits = len(shape) and shape[-1] % 32 == 0
+            remedy = "q8_0 and q5_0 have blocks of 32" if fits else "int formats take any row"
             raise ValueError(
                 f"{self.kind.name} stores blocks of {self.kind.block}, and rows of shape "
-                f"{list(shape)} are no multiple of it; "
-                f"{'q8_0 and q5_0 have' if self.kind.block > 32 else 'int formats take'} "
-                f"{'blocks of 32' if self.kind.block > 32 else 'any row'}"
+                f"{list(shape)} are no multiple of it; {remedy}"
             )

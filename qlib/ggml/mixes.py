@@ -7,6 +7,7 @@ bits where a measured sensitivity is largest.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -166,7 +167,11 @@ def assign(file_type: str, shapes: Mapping[str, tuple[int, ...]], gqa: int, imat
     Raises ValueError for an unknown file type.
     """
     if file_type not in FILE_TYPES:
-        raise ValueError(f"unknown file type {file_type!r}; known are {', '.join(FILE_TYPES)}")
+        near = difflib.get_close_matches(file_type.upper(), FILE_TYPES, n=1, cutoff=0.0)[0]
+        known = ", ".join(FILE_TYPES)
+        raise ValueError(
+            f"unknown file type {file_type!r}: did you mean {near!r}? known are {known}"
+        )
     chosen = FILE_TYPES[file_type]
     layers = sum(name.endswith(".attn_v.weight") for name in shapes)
     wanted = {}
@@ -248,6 +253,9 @@ def for_bits(
 
 def _tables(sensitivities, shapes, candidates) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and harm [tensors, candidates]; a type that does not divide a row is infinitely big."""
+    for candidate in candidates:
+        if candidate not in TYPES:
+            raise ValueError(f"unknown type {candidate!r}; known are {', '.join(TYPES)}")
     sizes, harm = np.zeros((2, len(shapes), len(candidates)))
     sizes[:] = np.inf
     for i, (name, shape) in enumerate(shapes.items()):
