@@ -99,7 +99,7 @@ def export(
 def relative_errors(
     model: Decoder, candidates: Sequence[str], importance: Imatrix | None = None
 ) -> dict[str, dict[str, float]]:
-    """Error energy over signal energy of every matrix in every candidate type, for `for_bits`.
+    """Error energy over signal energy of every matrix in every candidate type.
 
     Both energies weight the columns by the importance, so they are those of the layer's outputs (as
     far as its inputs are uncorrelated). Types that do not divide a matrix's rows are left out.
@@ -126,14 +126,24 @@ def own_mix(
 ) -> mixes.Mix:  # fmt: skip
     """A mix of at most `bits` per weight, norms included, spent where `relative_errors` are large.
 
-    Raises ValueError if even the smallest candidates take more.
+    As in llama.cpp's mixes the output matrix, which may be the embedding, has 6 bits: its errors
+    reach every logit at once. Raises ValueError if even the smallest candidates take more.
     """
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(model)}
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    total, inside = (sum(map(math.prod, s.values())) for s in (shapes, matrices))
-    left = (bits * total - 32 * (total - inside)) / inside
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+    fixed = {name: "F32" for name, shape in shapes.items() if len(shape) == 1} | {
+        head: mixes.OUTPUT
+    }
+    fixed = mixes.fitted(fixed, shapes).types
+    free = {name: shape for name, shape in shapes.items() if name not in fixed}
     errors = relative_errors(model, candidates, importance)
-    return mixes.for_bits(left, errors, matrices, candidates)
+    # A matrix of more weights puts more error into what is computed after it.
+    harm = {n: {k: e * math.prod(free[n]) for k, e in errors[n].items()} for n in free}
+    taken = sum(gguf_write.tensor_bytes(n, ggml.TYPES[k], shapes[n]) for n, k in fixed.items())
+    total, inside = (sum(map(math.prod, s.values())) for s in (shapes, free))
+    chosen = mixes.for_bits((bits * total - 8 * taken) / inside, harm, free, candidates)
+    types = chosen.types | {head: fixed[head]}
+    return mixes.Mix({name: types[name] for name in shapes if name in types})
 
 
 @dataclass(frozen=True)
