@@ -1,10 +1,12 @@
-"""One decoder of the Llama family, with the names of Hugging Face's checkpoints.
+"""One decoder for Llama and Qwen2, with the names of Hugging Face's checkpoints.
 
 A token becomes a vector, every layer adds what attention and the MLP computed to it, and the last
 vector is compared with the embedding of every token.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +39,32 @@ class RMSNorm(nn.Module):
 
 def rotation(config: Config, start: int, stop: int, device: torch.device) -> Rotation:
     """Return the cosines and sines of the positions start .. stop-1."""
-    even = torch.arange(0, config.head_dim, 2, device=device).float()
-    frequency = config.rope_theta ** (-even / config.head_dim)
+    frequency = _frequencies(config, device)
+    if config.rope_scaling is not None:
+        frequency = frequency / frequency_factors(config, device)
     angle = torch.outer(torch.arange(start, stop, device=device).float(), frequency)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
+
+
+def frequency_factors(
+    config: Config, device: torch.device | None = None
+) -> Float[Tensor, " pairs"]:
+    """Return the divisors of the rotary frequencies that ``config.rope_scaling`` stands for."""
+    scaling = config.rope_scaling
+    if isinstance(scaling, tuple):
+        return torch.tensor(scaling, dtype=torch.float32, device=device)
+    radians = scaling.original_max_position_embeddings * _frequencies(config, device)
+    turns = radians / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / (kept + (1 - kept) / scaling.factor)
+
+
+def _frequencies(config: Config, device: torch.device | None) -> Float[Tensor, " pairs"]:
+    """Radians by which each pair of a head turns from one position to the next, unscaled."""
+    even = torch.arange(0, config.head_dim, 2, device=device).float()
+    return config.rope_theta ** (-even / config.head_dim)
 
 
 def rotate(x: Heads, rope: Rotation) -> Heads:
@@ -59,9 +82,9 @@ class Attention(nn.Module):
         self.head_dim, self.index = config.head_dim, index
         query = config.num_attention_heads * config.head_dim
         key = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
 
     def _heads(self, x: Tensor) -> Heads:
@@ -123,7 +146,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama-family language model whose ``state_dict`` keys are the checkpoint's names."""
+    """A Llama or Qwen2 language model whose ``state_dict`` keys are the checkpoint's names."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -136,13 +159,18 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def normal_init(self, std: float = 0.02, generator: torch.Generator | None = None) -> Decoder:
-        """Draw every matrix from N(0, std^2), those that add to the residual stream smaller."""
+        """Draw every matrix from N(0, std^2), those that add to the residual stream smaller.
+
+        Biases become zero.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 adds = name.endswith(("o_proj.weight", "down_proj.weight"))
                 # The stream sums 2 L of these, so its variance stays that of one (GPT-2).
                 shrink = (2 * self.config.num_hidden_layers) ** -0.5 if adds else 1.0
                 nn.init.normal_(parameter, std=std * shrink, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         return self
 
     def hidden(self, tokens: Tokens, cache: Cache | None = None) -> Hidden:

@@ -126,7 +126,7 @@ class ModelShape:
     def of(cls, config: Config) -> ModelShape:
         """The shape of a model that this library can run."""
         c = config
-        attention = GQA(c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        attention = GQA(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.qkv_bias)
         body = (c.hidden_size, c.num_hidden_layers, c.vocab_size, c.intermediate_size)
         return cls(*body, attention, tied=c.tie_word_embeddings)
 

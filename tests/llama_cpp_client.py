@@ -29,6 +29,8 @@ def main() -> None:
 def answer(server, prompt: str, request: dict) -> dict:
     """The ids of a prompt, the ids that follow it greedily, and every token's log-probability."""
     sampling = {"temperature": 0, "n_probs": request["vocabulary"], "cache_prompt": False}
+    # A ban changes what is chosen, not the log-probabilities.
+    sampling["logit_bias"] = [[token, False] for token in request["banned"]]
     length = {"prompt": prompt, "max_tokens": request["tokens"], "ignore_eos": False}
     found = server.handle_completions(length | sampling)["choices"][0]["logprobs"]["content"]
     logs = []

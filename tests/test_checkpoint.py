@@ -82,7 +82,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path):
         qlib.load(tmp_path)
     assert str(caught.value) == message
     rewrite_config(tmp_path, num_hidden_layers=1)
-    with pytest.raises(FormatError, match="is not part of a Llama decoder of this config"):
+    with pytest.raises(FormatError, match="is not part of a llama decoder of this config"):
         qlib.load(tmp_path)
 
 

@@ -30,6 +30,9 @@ CUT = {
     "llama-bpe": pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(gguf_llama.LLAMA3), "isolated"), BYTE_LEVEL]
     ),
+    "qwen2": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(gguf_llama.QWEN2), "isolated"), BYTE_LEVEL]
+    ),
     "default": pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(s), "isolated") for s in gguf_llama.SPLITS["default"]]
         + [BYTE_LEVEL]
@@ -248,7 +251,7 @@ def crowd(backend):
     backend.add_tokens([f"<{i}>" for i in range(9)])
 
 
-KNOWN = "smollm, gpt-2, llama-bpe, default"
+KNOWN = "smollm, gpt-2, llama-bpe, qwen2, default"
 UNKNOWN = f"it cuts text in none of the ways that are known ({KNOWN})"
 OTHERS = {
     "normalizer": (changed(normalize), "it normalizes text (NFC)"),

@@ -151,6 +151,7 @@ PIECES = {
     "smollm": ["It", "'s", "Ġ", "2", "0", "2", "4", ",", "ĠOK", "Ġ", "Ġx"],
     "gpt-2": ["It", "'s", "Ġ2024", ",", "ĠOK", "Ġ", "Ġx"],
     "llama-bpe": ["It", "'s", "Ġ", "202", "4", ",", "ĠOK", "Ġ", "Ġx"],
+    "qwen2": ["It", "'s", "Ġ", "2", "0", "2", "4", ",", "ĠOK", "Ġ", "Ġx"],
     "default": ["It", "'", "s", "Ġ", "202", "4", ",", "ĠOK", "Ġ", "Ġx"],
 }
 
@@ -167,8 +168,8 @@ def test_pre_tokenizers(tmp_path, pre):
 VALUE = peer.GGUFValueType
 BAD = {
     "architecture": (
-        [("general.architecture", "qwen2", VALUE.STRING)],
-        "general.architecture': is 'qwen2', which is not supported; need 'llama'",
+        [("general.architecture", "gemma", VALUE.STRING)],
+        "general.architecture': is 'gemma', which is not supported; need 'llama' or 'qwen2'",
     ),
     "type": (
         [("llama.block_count", "2", VALUE.STRING)],
@@ -181,7 +182,7 @@ BAD = {
     "fewer layers": (
         [("llama.block_count", 1, VALUE.UINT32)],
         "model.layers.1.input_layernorm.weight': "
-        "this tensor is not part of a Llama decoder of this config",
+        "this tensor is not part of a llama decoder of this config",
     ),
     "heads": (
         [("llama.attention.head_count", 0, VALUE.UINT32)],
@@ -213,9 +214,9 @@ BAD = {
         "tokenizer.ggml.model': is 'llama'; only byte-level BPE ('gpt2') is read",
     ),
     "pre": (
-        [("tokenizer.ggml.pre", "qwen2", VALUE.STRING)],
-        "tokenizer.ggml.pre': pre-tokenizer 'qwen2' is unknown; "
-        "need one of smollm, gpt-2, llama-bpe, default",
+        [("tokenizer.ggml.pre", "gemma", VALUE.STRING)],
+        "tokenizer.ggml.pre': pre-tokenizer 'gemma' is unknown; "
+        "need one of smollm, gpt-2, llama-bpe, qwen2, default",
     ),
     "merge": (
         [("tokenizer.ggml.merges", ["t z"], VALUE.ARRAY)],
@@ -247,11 +248,8 @@ def test_missing_key_and_unknown_tensors(tmp_path):
         gguf_llama.load(path)
     file = gguf.read(write(tmp_path / "n.gguf", decoder()))
     start = file.tensors["output.weight"].start
-    for name, message in {
-        "rope_freqs.weight": "scaled rotary positions (Llama 3.1) are not supported",
-        "blk.00.attn_q.weight": "this tensor is not part of a Llama decoder",
-        "blk.0.attn_q.bias": "this tensor is not part of a Llama decoder",
-    }.items():
+    message = "this tensor is not part of a Llama or Qwen2 decoder"
+    for name in ("blk.00.attn_q.weight", "blk.0.attn_q.scale", "token_embd.bias"):
         file.tensors[name] = file.tensors["output.weight"]
         with pytest.raises(FormatError) as caught:
             gguf_llama.hf_name(file, name)

@@ -210,7 +210,7 @@ def test_tensors_that_are_wrong(folder):
     message = "has dtype I8; need one of F64, F32, F16, BF16"
     refuse(folder, f"/model.safetensors: field '{name}': {message}")
     save_file(good | {"model.layers.1.self_attn.q_proj.bias": torch.zeros(32)}, path)
-    message = "this tensor is not part of a Llama decoder of this config"
+    message = "this tensor is not part of a llama decoder of this config"
     refuse(folder, f": field 'model.layers.1.self_attn.q_proj.bias': {message}")
     # Neither changes the function, so neither is refused.
     harmless = {"lm_head.weight": torch.zeros(61, 32), "a.rotary_emb.inv_freq": torch.zeros(4)}

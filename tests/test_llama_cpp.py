@@ -38,10 +38,10 @@ def small():
     return qlib.load("bpw-small")
 
 
-def ask(path, prompts=PROMPTS, tokens=TOKENS) -> list[dict]:
+def ask(path, prompts=PROMPTS, tokens=TOKENS, vocabulary=1024, banned=()) -> list[dict]:
     """What llama.cpp says to the prompts, in a process of its own."""
     request = {"path": str(path), "prompts": prompts, "tokens": tokens}
-    request |= {"context": 256, "vocabulary": 1024}
+    request |= {"context": 256, "vocabulary": vocabulary, "banned": list(banned)}
     run = subprocess.run(
         [sys.executable, CLIENT], input=json.dumps(request), capture_output=True, text=True
     )

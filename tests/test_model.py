@@ -186,18 +186,15 @@ def test_config_defaults_of_a_short_file():
 
 
 BAD = [
-    ({"model_type": "gpt2"}, "config: model_type 'gpt2' is not supported; need 'llama'"),
-    ({"model_type": None}, "config: model_type None is not supported; need 'llama'"),
+    ({"model_type": "gpt2"}, "config: model_type 'gpt2' is not supported; need 'llama' or 'qwen2'"),
+    ({"model_type": None}, "config: model_type None is not supported; need 'llama' or 'qwen2'"),
     ({"hidden_act": "gelu"}, "config: hidden_act 'gelu' is not supported; need 'silu'"),
     ({"attention_bias": True}, "config: attention_bias True is not supported; need False"),
     ({"mlp_bias": True}, "config: mlp_bias True is not supported; need False"),
-    (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        "config: rope_type 'llama3' is not supported; need 'default'",
-    ),
+    ({"use_sliding_window": True}, "config: use_sliding_window True is not supported; need False"),
     (
         {"rope_parameters": {"type": "linear"}},
-        "config: rope_type 'linear' is not supported; need 'default'",
+        "config: rope_type 'linear' is not supported; need 'default' or 'llama3' or 'longrope'",
     ),
     ({"rope_scaling": "x"}, "config: rope_scaling must be a dictionary, got 'x'"),
     ({"bos_token_id": 61}, "config: bos_token_id 61 is not in a vocabulary of 61"),
@@ -209,6 +206,7 @@ BAD = [
         {"num_attention_heads": True},
         "config: num_attention_heads must be a positive integer, got True",
     ),
+    ({"rope_theta": 10**400}, f"config: rope_theta must be a positive number, got {10**400}"),
     ({"rope_theta": -1.0}, "config: rope_theta must be a positive number, got -1.0"),
     ({"rms_norm_eps": float("nan")}, "config: rms_norm_eps must be a positive number, got nan"),
     ({"head_dim": 7}, "config: head_dim 7 must be even for rotary positions"),

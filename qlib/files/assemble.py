@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import FormatError
 from ..model import Config, Decoder
 
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
 
 def parameter_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every parameter of ``Decoder(config)``, without building it."""
@@ -36,6 +38,8 @@ def parameter_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     for index in range(config.num_hidden_layers):
         for name, shape in layer.items():
             yield f"model.layers.{index}.{name}.weight", shape
+            if config.qkv_bias and name in QKV:
+                yield f"model.layers.{index}.{name}.bias", shape[:1]
 
 
 def assemble(
@@ -91,7 +95,6 @@ def _check(
         names.append(name)
     extra = sorted(set(shapes) - set(names))
     if extra:
-        raise FormatError(
-            path, extra[0], "this tensor is not part of a Llama decoder of this config"
-        )
+        message = f"this tensor is not part of a {config.model_type} decoder of this config"
+        raise FormatError(path, extra[0], message)
     return names

@@ -30,8 +30,9 @@ def save(folder: str | os.PathLike, model: Decoder, tokenizer: Tokenizer | None 
     folder.mkdir(parents=True, exist_ok=True)
     packed = {n: m.weight for n, m in model.named_modules() if isinstance(m, QLinear)}
     quantized = {f"{name}.weight": q for name, q in packed.items()}
-    owned = tuple(f"{name}." for name in packed)
-    dense = {n: t for n, t in model.state_dict().items() if not n.startswith(owned)}
+    # Of a quantized layer the packed tensor has everything but the bias.
+    dense = {n: t for n, t in model.state_dict().items()
+             if n.rpartition(".")[0] not in packed or n.endswith(".bias")}  # fmt: skip
     native.save_tensors(folder / hf.SINGLE, quantized, dense)
     config = model.config.to_hf() | {"quantization_config": {"quant_method": CONTAINER}}
     with replacing(folder / "config.json") as temporary:
@@ -58,14 +59,15 @@ def load(folder: str | os.PathLike) -> tuple[Decoder, Tokenizer | None]:
             have = "is missing" if have is None else f"has shape {list(have)}"
             raise FormatError(path, name, f"{have}; the config needs {list(need)}")
     if found:
-        raise FormatError(path, min(found), "is not part of a Llama decoder of this config")
+        message = f"is not part of a {config.model_type} decoder of this config"
+        raise FormatError(path, min(found), message)
     with torch.device("meta"):
         model = Decoder(config)
     for name, q in quantized.items():
         layer = name.removesuffix(".weight")
         if not isinstance(model.get_submodule(layer), nn.Linear):
             raise FormatError(path, name, "is quantized, but does not belong to a linear layer")
-        replace_layer(model, layer, QLinear(q))
+        replace_layer(model, layer, QLinear(q, dense.get(f"{layer}.bias")))
     model.load_state_dict(dense, assign=True, strict=False)
     has_tokenizer = (folder / "tokenizer.json").exists()
     tokenizer = hf.read_tokenizer(folder, config) if has_tokenizer else None

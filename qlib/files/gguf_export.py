@@ -1,4 +1,4 @@
-"""A Llama as a GGUF file for llama.cpp: quantized to a mix, or with the bytes that it has already.
+"""A Llama or Qwen2 as a GGUF file: quantized to a mix, or with the bytes that it has already.
 
 What is written is what a layer computes with: `gguf_llama.load` reads back exactly the weights that
 `QTensor.dequantize()` gives for the stored blocks.
@@ -21,13 +21,13 @@ from torch import Tensor
 from .. import ggml
 from ..calibrate import Calibration
 from ..ggml import mixes
-from ..model import Config, Decoder
+from ..model import Config, Decoder, frequency_factors
 from ..progress import bar
 from ..qtensor import QTensor
 from ..tokenizer import Tokenizer
 from . import gguf_tokenizer, gguf_write
 from .assemble import parameter_shapes
-from .gguf_llama import gguf_name, pairs_from_halves
+from .gguf_llama import ROPE_FACTORS, gguf_name, heads_in_pairs, pairs_from_halves
 from .gguf_report import GgufReport, Stored
 from .imatrix import Imatrix, measure, read
 
@@ -77,7 +77,7 @@ def export(
     chosen = _choose(mix, model.config, weights, importance)
     keys = _metadata(model.config, mix, weights, chosen, importance)
     keys |= gguf_tokenizer.metadata(tokenizer, model.config.vocab_size, add_bos)
-    plan = _Plan(weights, chosen, dict(_heads(model.config)), importance)
+    plan = _Plan(weights, chosen, model.config, importance)
     tensors = plan.tensors(progress)
     size = gguf_write.write(path, keys, tensors)
     stored = (
@@ -150,7 +150,7 @@ def own_mix(
 class _Plan:
     weights: Mapping[str, Weight]
     mix: mixes.Mix
-    heads: Mapping[str, int]
+    config: Config
     imatrix: Imatrix | None
 
     def tensors(self, progress: bool) -> gguf_write.Tensors:
@@ -177,35 +177,35 @@ class _Plan:
         else:
             given = None if self.imatrix is None else self.imatrix.get(name)
             rows = _format(name, kind).quantize(weight.detach().cpu(), given).parts["blocks"]
-        if name in self.heads:
-            rows = pairs_from_halves(rows, self.heads[name])
+        heads = heads_in_pairs(self.config, name)
+        if heads:
+            rows = pairs_from_halves(rows, heads)
         return rows.contiguous().view(torch.uint8).numpy()
 
 
 def named_weights(model: Decoder) -> Iterator[tuple[str, Weight]]:
-    """Every weight by its GGUF name, as the model has it."""
+    """Every tensor by its GGUF name, as the model has it, and the factors of scaled positions."""
     if not isinstance(model, Decoder):
         kind = type(model).__name__
         raise TypeError(f"export takes a model from qlib.load, not a {kind}")
+    names = {name for name, _ in parameter_shapes(model.config)}
     for name, _ in parameter_shapes(model.config):
-        layer = name.removesuffix(".weight")
+        layer, _, which = name.rpartition(".")
         module = model.get_submodule(layer)
-        if getattr(module, "bias", None) is not None:
+        if getattr(module, "bias", None) is not None and f"{layer}.bias" not in names:
             raise ValueError(f"{layer}: has a bias, which a Llama in a GGUF file has not")
-        weight = module.weight
+        weight = getattr(module, which)
         if isinstance(weight, QTensor) and weight.format not in FORMATS.values():
             raise ValueError(
                 f"{layer}: a GGUF file cannot hold its format ({weight.format}); quantize it to "
                 f"one of {', '.join(NAMES)}, or keep it with qlib.save"
             )
         yield gguf_name(name), weight
-
-
-def _heads(config: Config) -> Iterator[tuple[str, int]]:
-    """The tensors whose rows llama.cpp has in another order, and how many heads they have."""
-    for layer in range(config.num_hidden_layers):
-        yield f"blk.{layer}.attn_q.weight", config.num_attention_heads
-        yield f"blk.{layer}.attn_k.weight", config.num_key_value_heads
+    if model.config.rope_scaling is not None:
+        if model.config.model_type != "llama":
+            message = f"llama.cpp scales no rotary positions of a {model.config.model_type}"
+            raise ValueError(f"{message}; qlib.save(model, folder, tokenizer) keeps them")
+        yield ROPE_FACTORS, frequency_factors(model.config)
 
 
 def _choose(
@@ -271,21 +271,22 @@ def _metadata(
     config: Config, mix: str | Mapping[str, str], weights: Mapping[str, Weight],
     chosen: mixes.Mix, imatrix: Imatrix | None,
 ) -> dict[str, tuple[str, Any]]:  # fmt: skip
+    arch = config.model_type
     keys: dict[str, tuple[str, Any]] = {
-        "general.architecture": ("string", "llama"),
+        "general.architecture": ("string", arch),
         "general.type": ("string", "model"),
-        "llama.block_count": ("u32", config.num_hidden_layers),
-        "llama.context_length": ("u32", config.max_position_embeddings),
-        "llama.embedding_length": ("u32", config.hidden_size),
-        "llama.feed_forward_length": ("u32", config.intermediate_size),
-        "llama.attention.head_count": ("u32", config.num_attention_heads),
-        "llama.attention.head_count_kv": ("u32", config.num_key_value_heads),
-        "llama.attention.key_length": ("u32", config.head_dim),
-        "llama.attention.value_length": ("u32", config.head_dim),
-        "llama.attention.layer_norm_rms_epsilon": ("f32", config.rms_norm_eps),
-        "llama.rope.dimension_count": ("u32", config.head_dim),
-        "llama.rope.freq_base": ("f32", config.rope_theta),
-        "llama.vocab_size": ("u32", config.vocab_size),
+        f"{arch}.block_count": ("u32", config.num_hidden_layers),
+        f"{arch}.context_length": ("u32", config.max_position_embeddings),
+        f"{arch}.embedding_length": ("u32", config.hidden_size),
+        f"{arch}.feed_forward_length": ("u32", config.intermediate_size),
+        f"{arch}.attention.head_count": ("u32", config.num_attention_heads),
+        f"{arch}.attention.head_count_kv": ("u32", config.num_key_value_heads),
+        f"{arch}.attention.key_length": ("u32", config.head_dim),
+        f"{arch}.attention.value_length": ("u32", config.head_dim),
+        f"{arch}.attention.layer_norm_rms_epsilon": ("f32", config.rms_norm_eps),
+        f"{arch}.rope.dimension_count": ("u32", config.head_dim),
+        f"{arch}.rope.freq_base": ("f32", config.rope_theta),
+        f"{arch}.vocab_size": ("u32", config.vocab_size),
     }
     # A file of another mix has no file type; llama.cpp then guesses one from the types it finds.
     if isinstance(mix, str) and not any(isinstance(w, QTensor) for w in weights.values()):

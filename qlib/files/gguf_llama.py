@@ -1,7 +1,8 @@
-"""A Llama in a GGUF file: its names, its row order, its metadata and its tokenizer.
+"""A Llama or Qwen2 in a GGUF file: its names, row order, metadata and tokenizer.
 
-llama.cpp rotates neighboring pairs of a head where Hugging Face rotates its two halves, so the rows
-of q and k are stored in another order; everything else is the checkpoint under other names.
+In a Llama, llama.cpp rotates neighboring pairs of a head where Hugging Face rotates its two halves,
+so the rows of q and k are stored in another order. Everything else, and all of a Qwen2, is the
+checkpoint under other names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxtyping import Float, Shaped
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from ..config import ARCHITECTURES
 from ..errors import FormatError
 from ..model import Config, Decoder
 from ..tokenizer import Tokenizer
@@ -39,11 +41,13 @@ IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.weight")
+BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.(weight|bias)")
+# The divisors of the rotary frequencies of a Llama 3.1, [head_dim / 2].
+ROPE_FACTORS = "rope_freqs.weight"
 # The same names the other way, for those who write files.
 TO_OUTSIDE = {ours: theirs for theirs, ours in OUTSIDE_BLOCKS.items()}
 TO_BLOCK = {ours: theirs for theirs, ours in IN_BLOCK.items()}
-LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 CONTROL, USER_DEFINED = 3, 4
 REQUIRED = object()
 
@@ -53,16 +57,18 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace("{1,3}", "")
 SPLITS = {
     "smollm": (r"\p{N}", GPT2),
     "gpt-2": (GPT2,),
     "llama-bpe": (LLAMA3,),
+    "qwen2": (QWEN2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 
 
 def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
-    """Load a Llama and its tokenizer from a GGUF file.
+    """Load a Llama or Qwen2 and its tokenizer from a GGUF file.
 
     Args:
         path: the file.
@@ -72,7 +78,7 @@ def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[D
     """
     file = gguf.read(path)
     config = read_config(file)
-    stored = {hf_name(file, name): name for name in file.tensors}
+    stored = {hf_name(file, name): name for name in file.tensors if name != ROPE_FACTORS}
     shapes = {name: file.tensors[source].shape for name, source in stored.items()}
 
     def fetch(name: str) -> Tensor:
@@ -80,36 +86,40 @@ def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[D
         if not bool(weight.isfinite().all()):
             message = "holds NaN or infinite weights; the file is damaged"
             raise FormatError(path, stored[name], message, file.tensors[stored[name]].start)
-        if name.endswith("q_proj.weight"):
-            weight = halves_from_pairs(weight, config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            weight = halves_from_pairs(weight, config.num_key_value_heads)
-        return weight.to(dtype)
+        heads = heads_in_pairs(config, stored[name])
+        return (halves_from_pairs(weight, heads) if heads else weight).to(dtype)
 
     return assemble(path, config, shapes, fetch), read_tokenizer(file, config)
 
 
 def hf_name(file: gguf.Gguf, name: str) -> str:
-    """The Hugging Face name of a tensor. Raises FormatError for a name that a Llama has not."""
+    """The Hugging Face name of a tensor. Raises FormatError for a name that no decoder has."""
     if name in OUTSIDE_BLOCKS:
         return OUTSIDE_BLOCKS[name]
     match = BLOCK_NAME.fullmatch(name)
     if match and match[2] in IN_BLOCK:
-        return f"model.layers.{match[1]}.{IN_BLOCK[match[2]]}.weight"
-    message = "this tensor is not part of a Llama decoder"
-    if name == "rope_freqs.weight":
-        message = "scaled rotary positions (Llama 3.1) are not supported"
+        return f"model.layers.{match[1]}.{IN_BLOCK[match[2]]}.{match[3]}"
+    message = "this tensor is not part of a Llama or Qwen2 decoder"
     raise FormatError(file.path, name, message, file.tensors[name].start)
 
 
 def gguf_name(name: str) -> str:
-    """The inverse of `hf_name`. Raises ValueError for a parameter that a Llama has not."""
+    """The inverse of `hf_name`. Raises ValueError for a parameter that no decoder has."""
     match = LAYER_NAME.fullmatch(name)
     if match and match[2] in TO_BLOCK:
-        return f"blk.{match[1]}.{TO_BLOCK[match[2]]}.weight"
+        return f"blk.{match[1]}.{TO_BLOCK[match[2]]}.{match[3]}"
     if name not in TO_OUTSIDE:
         raise ValueError(f"{name}: a Llama in a GGUF file has no such tensor")
     return TO_OUTSIDE[name]
+
+
+def heads_in_pairs(config: Config, name: str) -> int:
+    """How many heads of a tensor have their rows in pairs in the file; 0 if it has our order."""
+    if config.model_type != "llama":
+        return 0
+    if name.endswith("attn_q.weight"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if name.endswith("attn_k.weight") else 0
 
 
 def halves_from_pairs(weight: Float[Tensor, "out in"], heads: int) -> Float[Tensor, "out in"]:
@@ -127,34 +137,53 @@ def pairs_from_halves(rows: Shaped[Tensor, "out row"], heads: int) -> Shaped[Ten
 def read_config(file: gguf.Gguf) -> Config:
     """The sizes of the model, from the metadata. Raises FormatError if one is missing or wrong."""
     architecture = _get(file, "general.architecture", str)
-    if architecture != "llama":
-        message = f"is {architecture!r:.80}, which is not supported; need 'llama'"
+    if architecture not in ARCHITECTURES:
+        need = " or ".join(map(repr, ARCHITECTURES))
+        message = f"is {architecture!r:.80}, which is not supported; need {need}"
         raise FormatError(file.path, "general.architecture", message)
-    heads = _get(file, "llama.attention.head_count", int)
-    hidden = _get(file, "llama.embedding_length", int)
-    head_dim = _get(file, "llama.attention.key_length", int, hidden // max(heads, 1))
-    _need(file, "llama.attention.value_length", head_dim)
-    _need(file, "llama.rope.dimension_count", head_dim)
-    _need(file, "llama.rope.scaling.type", "none")
+    heads = _get(file, f"{architecture}.attention.head_count", int)
+    hidden = _get(file, f"{architecture}.embedding_length", int)
+    head_dim = _get(file, f"{architecture}.attention.key_length", int, hidden // max(heads, 1))
+    _need(file, f"{architecture}.attention.value_length", head_dim)
+    _need(file, f"{architecture}.rope.dimension_count", head_dim)
+    _need(file, f"{architecture}.rope.scaling.type", "none")
     sizes = {
         "vocab_size": len(_get(file, "tokenizer.ggml.tokens", list)),
         "hidden_size": hidden,
-        "intermediate_size": _get(file, "llama.feed_forward_length", int),
-        "num_hidden_layers": _get(file, "llama.block_count", int),
+        "intermediate_size": _get(file, f"{architecture}.feed_forward_length", int),
+        "num_hidden_layers": _get(file, f"{architecture}.block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": _get(file, "llama.attention.head_count_kv", int, heads),
+        "num_key_value_heads": _get(file, f"{architecture}.attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "max_position_embeddings": _get(file, "llama.context_length", int),
-        "rms_norm_eps": _positive(file, "llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": _positive(file, "llama.rope.freq_base", 10000.0),
+        "max_position_embeddings": _get(file, f"{architecture}.context_length", int),
+        "rms_norm_eps": _positive(file, f"{architecture}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _positive(file, f"{architecture}.rope.freq_base", 10000.0),
         "bos_token_id": _token_id(file, "bos"),
         "eos_token_id": _token_id(file, "eos"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_scaling": _rope_factors(file, architecture, head_dim),
+        "model_type": architecture,
     }
     try:
         return Config(**sizes)
     except ValueError as error:
         raise FormatError(file.path, "config", str(error)) from error
+
+
+def _rope_factors(file: gguf.Gguf, architecture: str, head_dim: int) -> tuple[float, ...] | None:
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    info = file.tensors[ROPE_FACTORS]
+    if architecture != "llama":
+        message = f"llama.cpp gives a {architecture} no such tensor"
+    elif info.shape != (head_dim // 2,):
+        message = f"has shape {list(info.shape)}; need half of the head, [{head_dim // 2}]"
+    else:
+        factors = file.tensor(ROPE_FACTORS)
+        if ((factors > 0) & factors.isfinite()).all():
+            return tuple(factors.tolist())
+        message = "needs positive and finite factors"
+    raise FormatError(file.path, ROPE_FACTORS, message, info.start)
 
 
 def read_tokenizer(file: gguf.Gguf, config: Config) -> Tokenizer:

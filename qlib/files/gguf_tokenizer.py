@@ -11,6 +11,8 @@ from .gguf_llama import CONTROL, GPT2, SPLITS, USER_DEFINED
 from .gguf_write import Metadata
 
 NORMAL, UNUSED = 1, 5
+# What llama.cpp leaves out of a tokenizer of that name: Qwen2 first composes characters.
+LEFT_OUT = {"qwen2": "NFC"}
 # Settings of a BPE model that llama.cpp does not know, with the values that leave them out.
 PLAIN = {"dropout": (None, 0.0), "continuing_subword_prefix": (None, ""),
          "end_of_word_suffix": (None, ""), "byte_fallback": (False,)}  # fmt: skip
@@ -24,7 +26,8 @@ def metadata(tokenizer: Tokenizer, vocab_size: int, add_bos: bool) -> Metadata:
         vocab_size: rows of the embedding; what the tokenizer lacks is filled with unused tokens.
         add_bos: whether llama.cpp is to put the BOS before a text.
 
-    Raises ValueError, with the remedy, if llama.cpp would cut or merge text in another way.
+    Raises ValueError, with the remedy, if llama.cpp would cut or merge text in another way (other
+    than by not composing characters for a Qwen2, as no GGUF file of one does).
     """
     state = json.loads(tokenizer.backend.to_str())
     name = _pre_tokenizer(state)
@@ -59,8 +62,6 @@ def _pre_tokenizer(state: dict) -> str:
     model = state["model"]
     if model["type"] != "BPE":
         raise _refusal(f"its model is {model['type']}, not BPE")
-    if state["normalizer"] is not None:
-        raise _refusal(f"it normalizes text ({state['normalizer']['type']})")
     if (state["decoder"] or {}).get("type") != "ByteLevel":
         raise _refusal("it is not byte-level")
     for key, plain in PLAIN.items():
@@ -71,6 +72,9 @@ def _pre_tokenizer(state: dict) -> str:
         # Llama 3 alone takes a piece that is a token without looking at the merges.
         whole = name == "llama-bpe"
         if found == tuple(map(_canonical, splits)) and model["ignore_merges"] == whole:
+            normalizer = (state["normalizer"] or {"type": None})["type"]
+            if normalizer not in (None, LEFT_OUT.get(name)):
+                raise _refusal(f"it normalizes text ({normalizer})")
             return name
     raise _refusal(f"it cuts text in none of the ways that are known ({', '.join(SPLITS)})")
 

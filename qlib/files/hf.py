@@ -36,13 +36,13 @@ MAX_JSON = 1 << 28
 def load(
     folder: str | os.PathLike, dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, Tokenizer]:
-    """Load a Llama checkpoint and its tokenizer.
+    """Load a Llama or Qwen2 checkpoint and its tokenizer.
 
     Args:
         folder: holds config.json, tokenizer.json, and model.safetensors or an index with shards.
         dtype: floating-point type of the parameters. Tensors that are stored in it stay mapped.
 
-    Raises FormatError if a file is missing or malformed, or is not a Llama's.
+    Raises FormatError if a file is missing or malformed, or is of another architecture.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -70,7 +70,7 @@ def container_of(folder: str | os.PathLike) -> str | None:
 
 
 def read_config(folder: str | os.PathLike, container: str | None = None) -> Config:
-    """Read config.json of a Llama whose weights are dense, or quantized as `container` says.
+    """Read config.json of a model whose weights are dense, or quantized as `container` says.
 
     Raises FormatError if it describes anything else.
     """
