@@ -109,7 +109,8 @@ def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{name} {list(shape)}: {bad} NaN or infinite weights; repair them first")
     dense = weight.numel() * weight.element_size()
-    return Step(name, shape, format, dense if format is None else format.nbytes(shape))
+    with _naming(name):
+        return Step(name, shape, format, dense if format is None else format.nbytes(shape))
 
 
 @torch.no_grad()
@@ -150,7 +151,6 @@ def quantize_model(
     start = time.perf_counter()
     settings = [chosen.name, original_inputs, unreached]
     finished = resume and Resume(resume, fingerprint(model, planned, data, settings))
-    setattr(model, UNFINISHED, True)
     blocks = calibrated_blocks(model, data, original_inputs=original_inputs, targets=chosen.targets)
     for block in bar(blocks, "quantizing", "block", progress, len(decoder_blocks(model)[1])):
         result = finished.load(block) if finished else None
@@ -158,13 +158,14 @@ def quantize_model(
             result = _quantize_block(block, _formats(planned, block), chosen, unreached)
             if finished:
                 finished.save(block, result)
+        setattr(model, UNFINISHED, True)
         for name, q in result.tensors.items():
             layer = block.module.get_submodule(name)
             # A block that is itself a linear layer has the name "" in itself.
             replace_layer(model, f"{block.name}.{name}".rstrip("."), QLinear(q, layer.bias))
         report.layers += result.layers
         report.unreached += result.unreached
-    delattr(model, UNFINISHED)
+    vars(model).pop(UNFINISHED, None)
     report.seconds = time.perf_counter() - start
     return report
 

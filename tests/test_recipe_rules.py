@@ -290,3 +290,18 @@ def test_a_model_that_failed_half_way_is_not_quantized_again():
 def test_rules_are_pairs():
     with raises("rules are (pattern, format) pairs in a tuple, got ('*.q_proj', None)"):
         Recipe("int4-row", ("*.q_proj", None))
+
+
+def test_a_call_that_was_refused_may_be_made_again():
+    model, wrong = tiny_decoder(), qlib.Calibration.of(torch.full((80,), 61), context=16)
+    with pytest.raises(ValueError, match="calibration holds token 61"):
+        quantize_model(model, "int4-g8", "gptq", wrong, progress=False)
+    quantize_model(model, "int4-g8", progress=False)
+    assert len(formats_of(model)) == 14
+
+
+def test_a_width_that_a_format_cannot_hold_names_the_layer():
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj: Q4_K stores blocks"
+    ):
+        plan(tiny_decoder(), "q4_k")

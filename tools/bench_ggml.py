@@ -10,25 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable
 
 import libgguf
 import numpy as np
 import torch
+from bench import fastest
 
 from qlib import ggml
-
-
-def fastest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call's fastest round; the rounds are interleaved."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def measure(name: str, x: np.ndarray, importance, rounds: int) -> dict[str, object]:

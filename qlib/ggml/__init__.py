@@ -12,12 +12,8 @@ __all__ = ["BY_ID", "FORMATS", "READERS", "TYPES", "BlockFormat", "GgmlType", "d
 # Every format of ggml that can be written, by its name in `qlib.format`.
 FORMATS: dict[str, BlockFormat] = {**legacy.FORMATS, **kquants.FORMATS}
 FORMATS |= iq4.FORMATS | ternary.FORMATS | fp4.FORMATS | iquants.FORMATS | iq1.FORMATS
-# Functions that decode blocks, by type; FORMATS are added below.
-READERS = plain.READERS | {
-    name: getattr(legacy, f"read_{name.lower()}")
-    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-}
-READERS |= {format.kind.name: format.read for format in FORMATS.values()}
+# Functions that decode blocks, by type.
+READERS = plain.READERS | {format.kind.name: format.read for format in FORMATS.values()}
 
 
 def decode(kind: GgmlType, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

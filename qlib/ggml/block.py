@@ -101,7 +101,9 @@ class BlockFormat:
 
     def _encode(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         raw = np.empty(self.layout(x.shape)["blocks"][1], np.uint8)
-        step = max(1, CHUNK_WEIGHTS // x.shape[1])
+        threads = torch.get_num_threads()
+        # Between pieces threads wait for the interpreter, so several of them get larger ones.
+        step = max(1, CHUNK_WEIGHTS * (4 if threads > 1 else 1) // x.shape[1])
         overflows = []
 
         def work(start: int) -> None:
@@ -110,7 +112,7 @@ class BlockFormat:
             with np.errstate(all="ignore", over="call", call=lambda *what: overflows.append(what)):
                 raw[at] = self.encode(x[at], None if importance is None else importance[at])
 
-        starts, threads = range(0, len(x), step), torch.get_num_threads()
+        starts = range(0, len(x), step)
         if len(starts) == 1 or threads == 1:
             list(map(work, starts))
         else:
