@@ -234,17 +234,26 @@ def _is_known(grid: Grid) -> bool:
 
 
 def checked(weight: Tensor) -> Tensor:
+    """`weight` as float32; ValueError for another kind of tensor and for values not finite."""
+    weight = checked_kind(weight)
+    check_finite(weight)
+    return weight
+
+
+def checked_kind(weight: Tensor) -> Tensor:
     shape = list(weight.shape)
     if not weight.is_floating_point():
         raise ValueError(f"weight {shape} has dtype {weight.dtype}; quantize takes floating point")
     if weight.numel() == 0:
         raise ValueError(f"weight {shape} is empty: there is nothing to quantize")
-    weight = weight.detach().float()
+    return weight.detach().float()
+
+
+def check_finite(weight: Tensor) -> None:
     # Finite values that cannot overflow have a finite sum; only a suspicious sum costs a full look.
     if not math.isfinite(weight.sum().item()) and not bool(weight.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
+        shape, bad = list(weight.shape), int((~weight.isfinite()).sum())
         raise ValueError(f"weight {shape} holds {bad} NaN or infinite values; repair them first")
-    return weight
 
 
 def _matrix_shape(shape) -> tuple[int, int]:

@@ -302,8 +302,8 @@ def test_report(tmp_path):
     assert lines[:-1] == [
         f"20 tensors written to {tmp_path / 'm.gguf'}",
         "  mix              Q8_0",
-        "  Q8_0             1,325,184 bytes (99.6%) in 15 tensors",
-        "  F32              5,120 bytes (0.4%) in 5 tensors",
+        "  Q8_0             1,325,184 bytes (99.6%) in 15 tensor(s)",
+        "  F32              5,120 bytes (0.4%) in 5 tensor(s)",
         f"  total            1,330,304 bytes, and {report.file_bytes:,} with the metadata",
         "  bits per weight  8.524",
         "  importance       none",

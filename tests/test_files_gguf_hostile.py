@@ -196,10 +196,10 @@ def test_memory_and_time_for_strings_grow_with_the_file_only(path):
         # A count that promises more than there is must not cost more.
         path.write_bytes(pack([array(8, count + 4000, one * count)], blob=32_032))
         assert peak(path)[1] < most * path.stat().st_size
-        start = time.perf_counter()
+        start = time.process_time()
         with contextlib.suppress(FormatError):
             gguf.read(path)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("way", ["metadata", "order", "place", "error", "memory", "time", "talk"])
@@ -221,11 +221,14 @@ def test_the_check_itself_fails_for_a_wrong_reader(path, monkeypatch, way):
         if way == "memory":
             np.zeros(1 << 20)
         if way == "time":
-            time.sleep(1.1)
+            start = time.process_time()
+            while time.process_time() - start < fuzz.SECONDS:
+                pass
         if way == "talk":
             raise FormatError(path, "x", "y" * 5000)
         return file
 
     monkeypatch.setattr(gguf, "read", wrong)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     with pytest.raises((AssertionError, KeyError)):
         fuzz.check(path, content)

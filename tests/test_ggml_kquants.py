@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 import qlib
-from qlib.ggml import BY_ID, FORMATS, block, kquants, legacy, search
+from qlib.ggml import BY_ID, FORMATS, block, kquants, legacy_loops, search
 
 LEGACY = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 K_TYPES = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
@@ -173,8 +173,18 @@ def test_one_trial_less_of_the_scales_changes_bytes(name, monkeypatch):
 
 @pytest.mark.parametrize("name", LEGACY[:4])
 def test_rounding_of_the_plain_types_is_noticed(name, monkeypatch):
-    pack = legacy.pack
-    monkeypatch.setattr(legacy, "pack", lambda x, d, m, half, *to: pack(x, d, m, half - 0.01, *to))
+    signed, affine, pack = legacy_loops.write_signed, legacy_loops.write_affine, legacy_loops.pack
+
+    def other_signed(x, n, top, d, raw):
+        signed(x, n, top, d, raw)
+        pack(x, d, np.zeros_like(d), n + np.float32(0.49), top, raw)
+
+    def other_affine(x, top, d, low, raw):
+        affine(x, top, d, low, raw)
+        pack(x, d, low, np.float32(0.49), top, raw)
+
+    monkeypatch.setattr(legacy_loops, "write_signed", other_signed)
+    monkeypatch.setattr(legacy_loops, "write_affine", other_affine)
     assert "gaussian" in differing(name)
 
 

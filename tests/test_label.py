@@ -350,4 +350,4 @@ def test_cached_formats():
 def test_long_texts_take_no_quadratic_time(piece):
     start = time.process_time()
     label.find(piece * (40_000 // len(piece)))
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 30

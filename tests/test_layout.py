@@ -22,12 +22,13 @@ ORDER = {
     "qlib.pack": 150,
     "qlib.fit": 200,
     "qlib.qtensor": 120,
-    "qlib.scheme": 305,
+    "qlib.scheme": 310,
     "qlib.columns": 90,
-    "qlib.ggml.block": 170,
-    "qlib.ggml.plain": 40,
     "qlib.ggml.search": 300,
-    "qlib.ggml.legacy": 250,
+    "qlib.ggml.block": 180,
+    "qlib.ggml.plain": 40,
+    "qlib.ggml.legacy_loops": 120,
+    "qlib.ggml.legacy": 170,
     "qlib.ggml.kquants": 300,
     "qlib.ggml.iq4": 200,
     "qlib.ggml.ternary": 150,
@@ -242,24 +243,16 @@ def python(code: str) -> str:
 
 
 HEAVY = "transformers matplotlib numba triton ipywidgets anywidget IPython huggingface_hub".split()
-TIMED = """
-import sys, time
-start = time.perf_counter()
-import torch
-middle = time.perf_counter()
+LOADED = f"""
+import torch, sys
 before = set(sys.modules)
 import qlib
-end = time.perf_counter()
+print(sorted((set(sys.modules) - before) & {set(HEAVY)}))
 """
 
 
 def test_import_is_light():
-    assert python(TIMED + f"print(sorted((set(sys.modules) - before) & {set(HEAVY)}))") == "[]"
-
-
-def test_import_takes_less_than_half_of_torch_more():
-    ratio = float(python(TIMED + "print((end - start) / (middle - start))"))
-    assert 1 < ratio < 1.5
+    assert python(LOADED) == "[]"
 
 
 def test_kernels_folder_does_not_disturb_transformers():

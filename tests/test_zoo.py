@@ -180,10 +180,9 @@ def test_reference_has_left_the_grid_of_its_file(stored, reference):
     assert min(grid_error(reference[0]).values()) > 0.05
 
 
-def test_time_and_memory():
+def test_memory():
     code = (
-        "import time, qlib; start = time.process_time(); qlib.load('smollm2-135m');"
-        "print(time.process_time() - start);"
+        "import qlib; qlib.load('smollm2-135m');"
         # The peak of this process alone: what getrusage says includes its parent's.
         "print(next(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line))"
     )
@@ -191,9 +190,7 @@ def test_time_and_memory():
     run = subprocess.run(
         [sys.executable, "-c", code], env=one_thread, capture_output=True, check=True
     )
-    seconds, kilobytes = run.stdout.split()
-    assert float(seconds) < 4
-    assert int(kilobytes) < 1_600_000
+    assert int(run.stdout) < 1_600_000
 
 
 def test_small_model_loads():

@@ -8,6 +8,8 @@ that a busy machine slows all of them alike.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -47,11 +49,30 @@ def fastest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return best
 
 
+CAPTURE = {"capture_output": True, "text": True, "check": True}
+STARTS = """
+import time
+start = time.perf_counter(); import torch; torch_there = time.perf_counter()
+import qlib; qlib_there = time.perf_counter()
+qlib.load("smollm2-135m"); end = time.perf_counter()
+print(torch_there - start, qlib_there - torch_there, end - qlib_there)
+"""
+
+
+def print_starts(rounds: int) -> None:
+    """Seconds until qlib and then its larger model are there, in a fresh process."""
+    runs = [subprocess.run([sys.executable, "-c", STARTS], **CAPTURE) for _ in range(rounds)]
+    times = [min(column) for column in zip(*(map(float, run.stdout.split()) for run in runs))]
+    for name, seconds in zip(("import torch", "import qlib after it", "load smollm2-135m"), times):
+        print(f"{name:24}{seconds:10.2f} s{seconds / times[0]:10.2f} x import torch")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    print_starts(arguments.rounds)
     torch.set_num_threads(arguments.threads)
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     for group in (128, 32):

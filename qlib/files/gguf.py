@@ -243,6 +243,7 @@ def _check_places(cursor: _Cursor, infos: list[TensorInfo]) -> None:
     for info in sorted(infos, key=lambda info: info.start):
         if info.start + info.size > len(cursor.data):
             message = f"its {info.size} bytes end after the file, which has {len(cursor.data)}"
+            message += "; it may be truncated"
             raise cursor.error(info.name, message, info.start)
         if info.start < end:
             raise cursor.error(info.name, f"overlaps tensor {last!r}", info.start)

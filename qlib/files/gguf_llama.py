@@ -136,6 +136,9 @@ def pairs_from_halves(rows: Shaped[Tensor, "out row"], heads: int) -> Shaped[Ten
 
 def read_config(file: gguf.Gguf) -> Config:
     """The sizes of the model, from the metadata. Raises FormatError if one is missing or wrong."""
+    if file.metadata.get("general.type") == "imatrix":
+        message = "is 'imatrix': the file holds importances; give it as importance= of a mix"
+        raise FormatError(file.path, "general.type", message)
     architecture = _get(file, "general.architecture", str)
     if architecture not in ARCHITECTURES:
         need = " or ".join(map(repr, ARCHITECTURES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class GgufReport:
         rows = [("mix", self.mix)]
         for kind in sorted({t.kind for t in self.tensors}, key=self._share, reverse=True):
             count, share = sum(t.kind == kind for t in self.tensors), self._share(kind)
-            rows.append((kind, f"{share:,} bytes ({share / self.nbytes:.1%}) in {count} tensors"))
+            rows.append((kind, f"{share:,} bytes ({share / self.nbytes:.1%}) in {count} tensor(s)"))
         rows.append(("total", f"{self.nbytes:,} bytes, and {self.file_bytes:,} with the metadata"))
         rows.append(("bits per weight", f"{self.bits_per_weight:.3f}"))
         rows.append(("importance", self.importance))
@@ -66,6 +67,9 @@ class GgufReport:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        lines = (f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in self.rows())
-        title = f"<caption>{len(self.tensors)} tensors written to {self.path}</caption>"
+        cells = ((label, html.escape(value)) for label, value in self.rows())
+        lines = (f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in cells)
+        title = (
+            f"<caption>{len(self.tensors)} tensors written to {html.escape(self.path)}</caption>"
+        )
         return f"<table>{title}<tbody>{''.join(lines)}</tbody></table>"

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..qtensor import QTensor
-from ..scheme import checked
+from ..scheme import check_finite, checked_kind
+from .search import finite
 
 # Rows are processed a few at a time, so that what one step writes the next finds in cache.
 CHUNK_WEIGHTS = 1 << 17
@@ -88,7 +89,7 @@ class BlockFormat:
         Raises ValueError for weights that are empty, not finite or too large for the scales, and
         for rows that are no whole number of blocks.
         """
-        rows = self._rows(checked(weight))
+        rows = self._rows(checked_kind(weight))
         if importance is not None:
             if importance.shape[-1:] != weight.shape[-1:]:
                 found, need = list(importance.shape), weight.shape[-1]
@@ -108,6 +109,10 @@ class BlockFormat:
 
         def work(start: int) -> None:
             at = slice(start, start + step)
+            # Not all at once before: torch's threads would still be waiting for more to do on the
+            # processors that these need.
+            if not finite(x[at]):
+                check_finite(torch.from_numpy(x))
             # numpy reports a number that became infinite, such as a scale stored as float16.
             with np.errstate(all="ignore", over="call", call=lambda *what: overflows.append(what)):
                 raw[at] = self.encode(x[at], None if importance is None else importance[at])

@@ -73,11 +73,12 @@ def write_q5_1(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
 
 def write_signed(x: np.ndarray, importance: np.ndarray | None, n: int, size: int) -> np.ndarray:
     """The value of largest magnitude gets the code 0: d = largest / -n, codes to 2 n - 1."""
+    from . import legacy_loops
+
     raw = np.empty((x.size // 32, size), np.uint8)
     if importance is None:
-        blocks = x.reshape(-1, 32)
-        d = extremes(blocks)[2] / np.float32(-n)
-        pack(blocks, d, np.zeros_like(d), n + 0.5, 2 * n - 1, raw)
+        d = np.empty(len(raw), np.float32)
+        legacy_loops.write_signed(x.reshape(-1, 32), np.float32(n), np.int32(2 * n - 1), d, raw)
     else:
         d, codes = search.fit_signed(search.columns(x, 32), weights(x, importance), n)
         pack_codes(codes, 2 * n - 1, raw)
@@ -87,12 +88,12 @@ def write_signed(x: np.ndarray, importance: np.ndarray | None, n: int, size: int
 
 def write_affine(x: np.ndarray, importance: np.ndarray | None, top: int, size: int) -> np.ndarray:
     """The lowest value gets the code 0 and the highest `top`."""
+    from . import legacy_loops
+
     raw = np.empty((x.size // 32, size), np.uint8)
     if importance is None:
-        blocks = x.reshape(-1, 32)
-        low, high, _ = extremes(blocks)
-        d = (high - low) / np.float32(top)
-        pack(blocks, d, low, 0.5, top, raw)
+        d, low = np.empty((2, len(raw)), np.float32)
+        legacy_loops.write_affine(x.reshape(-1, 32), np.int32(top), d, low, raw)
     else:
         values, trials = search.columns(x, 32), (-0.9, 0.05, 36)
         d, depth, codes = search.fit_affine(values, weights(x, importance), top, trials)
@@ -104,10 +105,11 @@ def write_affine(x: np.ndarray, importance: np.ndarray | None, top: int, size: i
 
 def write_q8_0(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     """d = max |x| / 127, and codes rounded half away from zero. An importance changes nothing."""
+    from . import legacy_loops
+
     raw = np.empty((x.size // 32, TYPES["Q8_0"].size), np.uint8)
-    blocks = x.reshape(-1, 32)
-    d = np.abs(extremes(blocks)[2]) / np.float32(127)
-    _pack_rounded(blocks, d, raw)
+    d = np.empty(len(raw), np.float32)
+    legacy_loops.write_rounded(x.reshape(-1, 32), d, raw)
     put_halves(raw, d)
     return raw.reshape(len(x), -1)
 
@@ -125,75 +127,13 @@ def weights(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
     return search.columns(importance * np.sqrt(mean + squares), 32)
 
 
-def inverse(d: np.ndarray) -> np.ndarray:
-    """1 / d, and 0 where d is 0."""
-    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
-
-
-def extremes(blocks: np.ndarray) -> np.ndarray:
-    """The lowest value, the highest and that of largest magnitude of each block: [3, blocks].
-
-    Of 0 and -0, and of +a and -a, the first counts; a block of zeros has 0.
-    """
-    found = np.empty((3, len(blocks)), np.float32)
-    _extremes(blocks, *found)
-    return found
-
-
-@search.compiled
-def _extremes(x, lows, highs, peaks):
-    for b in range(len(x)):
-        low = high = x[b, 0]
-        for i in range(1, 32):
-            low = x[b, i] if x[b, i] < low else low
-            high = x[b, i] if x[b, i] > high else high
-        peak = high if high > -low else low
-        if low == 0 or high == -low:
-            for i in range(31, -1, -1):
-                low = x[b, i] if x[b, i] == low else low
-                peak = x[b, i] if abs(x[b, i]) == high else peak
-        lows[b], highs[b] = low, high
-        peaks[b] = peak if peak != 0 else np.float32(0)
-
-
-def pack(blocks, d, shift, half, top: int, raw: np.ndarray) -> None:
-    """End each block of `raw` with codes trunc((x - shift) / d + half), at most `top`."""
-    _pack(blocks, d, shift, np.float32(half), np.int32(top), raw)
-
-
 def pack_codes(codes: np.ndarray, top: int, raw: np.ndarray) -> None:
-    """As `pack`, for codes [32, blocks] that are chosen already."""
+    """End each block of `raw` with codes [32, blocks] that are chosen already."""
+    from . import legacy_loops
+
     ones = np.ones(len(raw), np.float32)
-    pack(np.ascontiguousarray(codes.T), ones, 0 * ones, 0, top, raw)
-
-
-@search.compiled
-def _pack(x, d, shift, half, top, raw):
-    size = raw.shape[1]
-    for b in range(len(x)):
-        inverse = np.float32(1) / d[b] if d[b] != 0 else np.float32(0)
-        for i in range(16):
-            low = min(np.int32((x[b, i] - shift[b]) * inverse + half), top)
-            high = min(np.int32((x[b, i + 16] - shift[b]) * inverse + half), top)
-            raw[b, size - 16 + i] = low & 15 | high << 4
-        if top > 15:
-            fifth = np.uint32(0)
-            for i in range(32):
-                code = min(np.int32((x[b, i] - shift[b]) * inverse + half), top)
-                fifth |= np.uint32(code >> 4 & 1) << np.uint32(i)
-            for i in range(4):
-                raw[b, size - 20 + i] = fifth >> np.uint32(8 * i)
-
-
-@search.compiled
-def _pack_rounded(x, d, raw):
-    for b in range(len(x)):
-        inverse = np.float32(1) / d[b] if d[b] != 0 else np.float32(0)
-        for i in range(32):
-            value = x[b, i] * inverse
-            # As C's roundf: halves go away from zero. The part that trunc cuts off is exact.
-            whole = np.trunc(value)
-            raw[b, 2 + i] = np.int32(whole + np.trunc((value - whole) * 2))
+    codes = np.ascontiguousarray(codes.T)
+    legacy_loops.pack(codes, ones, 0 * ones, np.float32(0), np.int32(top), raw)
 
 
 FORMATS = {

@@ -46,6 +46,19 @@ def compiled(loop: Callable) -> Callable:
     return call
 
 
+def finite(x: np.ndarray) -> bool:
+    """Whether contiguous float32 values are all finite: none has the exponent's eight bits set."""
+    return _largest_bits(x.reshape(-1).view(np.int32)) < 0x7F800000
+
+
+@compiled
+def _largest_bits(bits):
+    top = np.int32(0)
+    for i in range(len(bits)):
+        top = max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+    return top
+
+
 def columns(x: np.ndarray, n: int) -> np.ndarray:
     """Values cut into blocks of n, each a column: [n, blocks], contiguous."""
     return np.ascontiguousarray(x.reshape(-1, n).T)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from .block import TYPES, BlockFormat
-from .iq4 import inverse
 from .legacy import half
-from .search import columns, total
+from .search import columns, compiled, total
 
 # (byte, first value, bytes, trits in each) of the three parts of TQ1_0: trit n of byte m of a
 # part is its value n * bytes + m.
@@ -44,13 +43,25 @@ PACKED, TRITS = _packed_trits(), _trits()
 def _sign_codes(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """d = max |x| of each block, as float16 bytes, and round(x / d) + 1 [blocks, size]."""
     blocks = x.reshape(-1, size)
-    d = np.abs(blocks).max(1, keepdims=True)
-    scale = inverse(d)
-    # A d too small for an inverse will be stored as 0, and ggml writes zeros there.
-    scale[np.isinf(scale)] = 0
-    ratio = blocks * scale
-    codes = (ratio >= 0.5).view(np.uint8) + (ratio > -0.5)
+    d, codes = np.empty((len(blocks), 1), np.float32), np.empty(blocks.shape, np.uint8)
+    _choose_signs(blocks, d, codes)
     return d.astype("<f2").view(np.uint8), codes
+
+
+@compiled
+def _choose_signs(x, d, codes):
+    for b in range(len(x)):
+        low = high = x[b, 0]
+        for i in range(x.shape[1]):
+            low = x[b, i] if x[b, i] < low else low
+            high = x[b, i] if x[b, i] > high else high
+        d[b, 0] = max(high, -low)
+        inverse = np.float32(1) / d[b, 0] if d[b, 0] > 0 else np.float32(0)
+        # A d too small for an inverse will be stored as 0, and ggml writes zeros there.
+        inverse = np.float32(0) if np.isinf(inverse) else inverse
+        for i in range(x.shape[1]):
+            value = x[b, i] * inverse
+            codes[b, i] = int(value >= 0.5) + int(value > -0.5)
 
 
 def write_tq1_0(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
