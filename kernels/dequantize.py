@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlib.double import DoubleQuant
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
@@ -18,7 +19,7 @@ CHUNK_WEIGHTS = 1 << 22
 def gemm(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
     """`x @ q.dequantize().T` in the dtype of `x`, without the whole weight at full width.
 
-    Differentiable in `x`. A format that is not a Scheme is dequantized as a whole.
+    Differentiable in `x`. A format whose rows are not independent is dequantized as a whole.
     """
     pieces = row_chunks(q, max(1, CHUNK_WEIGHTS // q.shape[1]))
     return torch.cat([x @ piece.dequantize().to(x.dtype).T for piece in pieces], dim=1)
@@ -27,7 +28,9 @@ def gemm(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
 def row_chunks(q: QTensor, rows: int) -> Iterator[QTensor]:
     """`q` [out, in] as QTensors of at most `rows` rows each, views of the same bytes."""
     out, columns = q.shape
-    if not isinstance(q.format, Scheme) or rows >= out:
+    # Blocks of doubly quantized scales do not end where rows do.
+    whole = not isinstance(q.format, Scheme) or isinstance(q.format.scale, DoubleQuant)
+    if whole or rows >= out:
         yield q
         return
     for start in range(0, out, rows):

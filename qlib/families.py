@@ -40,7 +40,7 @@ class Label:
     bpw_of: str = "quantized weights"
 
 
-BITS = r"([\d.]+)bpw|(?<![a-z])(?:int|nf|q|w)([1-8])|(?<![\d.])([1-8])[-_ ]?bit"
+BITS = r"(\d+(?:\.\d+)?)bpw|(?<![a-z])(?:int|nf|q|w)([1-8])|(?<![\d.])([1-8])[-_ ]?bit"
 GROUP = r"g(?:s|roup)?[-_ ]?(\d+)|(\d+)g"
 
 
@@ -193,7 +193,7 @@ FAMILIES = [
     Family("exl3-3.0bpw", None, "trellis codes, " + MIXED, None, None, ("EXL3",), BPW,
            method="QTIP", expected_bpw=(1, 8), pattern=around("exl3", r"\d+(?:\.\d+)?bpw|h\d")),
     Family("4.0bpw", None, MIXED, None, None, ("EXL2", "EXL3"), BPW,
-           rank=1, pattern=r"\d+(?:\.\d+)?bpw(?:-h\d)?"),
+           rank=1, pattern=r"(?=[\d.]*[1-9])\d+(?:\.\d+)?bpw(?:-h\d)?"),
     Family("AQLM-2Bit-1x16", 2, "one vector of 8 weights", 8, None, ST, AQLM, method="AQLM",
            expected_bpw=(2.07, 2.29), pattern="(?:aqlm(?:[-_]pv)?[-_]?)?2bit[-_]1x16|aqlm"),
     Family("AQLM-1Bit-1x16", 1, "one vector of 16 weights", 16, None, ST, AQLM, method="AQLM",

@@ -8,7 +8,7 @@ decided here but by the Scheme.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from .grid import Grid
 
 Blocks = Float[Tensor, "n size"]
 Scales = Float[Tensor, " n"]
+LOWEST = -1000  # an exponent below all that a float32 or a scale can have
 Fit = Callable[[Tensor, Grid, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
@@ -79,6 +80,57 @@ def absmean(
     return blocks.abs().mean(dim=1), None
 
 
+def rms(
+    blocks: Blocks, grid: Grid, importance: Blocks | None = None
+) -> tuple[Scales, Scales | None]:
+    """The root of the mean square is the scale: every block gets the variance 1.
+
+    This suits grids made for that variance (`qlib.grid.lloyd_max`): TurboQuant (arXiv 2504.19874,
+    section 3.1) stores the norm of each vector and rounds the coordinates of what remains.
+    """
+    # Squares of the largest float32 overflow; those of the ratios to it do not.
+    amax = _amax(blocks)
+    ratios = blocks / amax.masked_fill(amax == 0, 1)[:, None]
+    return amax * ratios.square().mean(dim=1).sqrt(), None
+
+
+def zero_anchored(
+    blocks: Blocks, grid: Grid, importance: Blocks | None = None
+) -> tuple[Scales, Scales | None]:
+    """The range spans the grid, moved so that zero and the end of larger magnitude are exact.
+
+    MLX's affine rule (`mx.quantize`): a whole number of steps separates that end from zero. The end
+    has code 0, so the scale is negative where it is the upper one; and unlike `minmax`, the range
+    need not include zero, which is then a multiple of the scale away.
+
+    >>> from qlib.grid import int_grid
+    >>> zero_anchored(torch.tensor([[-1.0, 14.5]]), int_grid(4, signed=False))
+    (tensor([-1.0357]), tensor([14.5000]))
+    """
+    low, high = blocks.aminmax(dim=1)
+    below = low.abs() > high.abs()
+    step = ((high - low) / (grid.max - grid.min)).clamp(min=1e-7)
+    step, end = torch.where(below, step, -step), torch.where(below, low, high)
+    steps = (end / step).round()
+    scale = torch.where(steps == 0, step, end / steps)
+    return scale, torch.where(steps == 0, 0, end) - grid.min * scale
+
+
+def four_over_six(
+    blocks: Blocks, grid: Grid, importance: Blocks | None = None
+) -> tuple[Scales, Scales | None]:
+    """The largest magnitude lands on the grid's largest value or on the one below: 6 or 4 for FP4.
+
+    The scale of least (importance-weighted) squared error is kept, after rounding it to four
+    significant bits. That is how E4M3 stores it if the scale of the whole tensor is a power of two
+    (`pow2_rceil`) and the block's largest weight is at least 2^-13 of the tensor's, so errors are
+    compared under the scales as stored. "Four Over Six", arXiv 2512.02010.
+    """
+    amax, values = _amax(blocks), grid.points[grid.points.isfinite()].unique()
+    scales = [_four_significant_bits(amax / value) for value in values[[-1, -2]].tolist()]
+    return _least(((scale, None) for scale in scales), blocks, grid, importance)
+
+
 def pow2_floor(
     blocks: Blocks, grid: Grid, importance: Blocks | None = None
 ) -> tuple[Scales, Scales | None]:
@@ -101,7 +153,8 @@ def pow2_even(
     mantissa, exponent = torch.frexp(amax)
     # frexp's mantissa lies in [0.5, 1): if it rounds up to 1, the exponent grows by one.
     carry = (mantissa * 2 ** (bits + 1) + 0.5).floor() >= 2 ** (bits + 1)
-    return _exp2(exponent - 1 + carry.int() - _emax(grid)), None
+    exponent = (exponent - 1 + carry.int()).masked_fill(amax == 0, LOWEST)
+    return _exp2(exponent - _emax(grid)), None
 
 
 def pow2_rceil(
@@ -111,34 +164,55 @@ def pow2_rceil(
     return _exp2(_ceil_log2(_amax(blocks) / grid.max)), None
 
 
+def pow2_mse(
+    blocks: Blocks, grid: Grid, importance: Blocks | None = None
+) -> tuple[Scales, Scales | None]:
+    """The power of two of least (importance-weighted) squared error.
+
+    The exponents from one below `pow2_floor`'s to one above `pow2_ceil`'s are tried.
+    """
+    exponent = _floor_log2(_amax(blocks)) - _emax(grid)
+    tried = ((_exp2(exponent + more), None) for more in (-1, 0, 1, 2))
+    return _least(tried, blocks, grid, importance)
+
+
 FITS: dict[str, Fit] = {
     fit.__name__: fit
     for fit in (
-        *(absmax, absmax_signed, minmax, mse, minmax_mse, absmean),
-        *(pow2_floor, pow2_ceil, pow2_even, pow2_rceil),
+        *(absmax, absmax_signed, minmax, mse, minmax_mse, absmean, rms, zero_anchored),
+        *(four_over_six, pow2_floor, pow2_ceil, pow2_even, pow2_rceil, pow2_mse),
     )
 }
 
 
 def _amax(blocks: Tensor) -> Tensor:
     low, high = blocks.aminmax(dim=1)
-    return torch.maximum(high, -low)
+    return torch.maximum(high.abs(), low.abs())
 
 
 def _search(base: Fit, blocks: Tensor, grid: Grid, importance: Tensor | None):
     """Try 60 ranges from all of `base`'s down to a tenth of it; keep each block's best."""
-    full_scale, full_offset = base(blocks, grid, None)
-    best = torch.full_like(full_scale, torch.inf)
-    scale, offset = full_scale.clone(), None if full_offset is None else full_offset.clone()
-    for shrink in torch.linspace(1.0, 0.1, 60).tolist():
-        s = full_scale * shrink
-        o = None if full_offset is None else full_offset * shrink
+    scale, offset = base(blocks, grid, None)
+    shrinks = torch.linspace(1.0, 0.1, 60).tolist()
+    tried = ((scale * x, None if offset is None else offset * x) for x in shrinks)
+    return _least(tried, blocks, grid, importance)
+
+
+def _least(
+    tried: Iterable[tuple[Tensor, Tensor | None]], blocks: Tensor, grid: Grid,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Of the scales and offsets tried, each block's pair of least error, the first of equals."""
+    scale = offset = least = None
+    for s, o in tried:
         error = _squared_error(blocks, grid, s, o, importance)
-        better = error < best
-        best = torch.where(better, error, best)
+        if least is None:
+            scale, offset, least = s, o, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
         scale = torch.where(better, s, scale)
-        if o is not None:
-            offset = torch.where(better, o, offset)
+        offset = None if o is None else torch.where(better, o, offset)
     return scale, offset
 
 
@@ -151,14 +225,20 @@ def _squared_error(blocks, grid, scale, offset, importance) -> Tensor:
     return (error if importance is None else error * importance).sum(dim=1)
 
 
+def _four_significant_bits(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 16).round() / 16, exponent)
+
+
 def _floor_log2(x: Tensor) -> Tensor:
-    """Exact: read from the exponent field, never from a floating-point logarithm."""
-    return torch.frexp(x).exponent - 1
+    """Exact: read from the exponent field, never from a floating-point logarithm. A block of zeros
+    gets the lowest of all, as torchao and compressed-tensors have it."""
+    return (torch.frexp(x).exponent - 1).masked_fill(x == 0, LOWEST)
 
 
 def _ceil_log2(x: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(x)
-    return exponent - (mantissa == 0.5).int()
+    return (exponent - (mantissa == 0.5).int()).masked_fill(x == 0, LOWEST)
 
 
 def _exp2(exponent: Tensor) -> Tensor:

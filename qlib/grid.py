@@ -16,6 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .gaussian import lloyd_max_levels, normal_quantiles
+
+# Up to this many boundaries are faster compared one after the other than searched.
+FEW_BOUNDARIES = 15
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -97,10 +102,20 @@ class Grid:
         return self._nearest(x)
 
     def _nearest(self, x: Tensor) -> Tensor:
-        rank = torch.bucketize(x.contiguous(), self._boundaries.to(x.device), out_int32=True)
+        rank = self._rank(x)
         if self._codes_are_ranks:
             return rank.to(self._codes.dtype)
-        return self._codes.to(x.device).index_select(0, rank.reshape(-1)).view(x.shape)
+        return self._codes.to(x.device).index_select(0, rank.reshape(-1).int()).view(x.shape)
+
+    def _rank(self, x: Tensor) -> Tensor:
+        """How many boundaries lie below `x`: the place of the nearest point."""
+        if len(self._boundaries) > FEW_BOUNDARIES:
+            return torch.bucketize(x.contiguous(), self._boundaries.to(x.device), out_int32=True)
+        rank = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+        above = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for boundary in self._boundaries.tolist():
+            rank += torch.gt(x, boundary, out=above).view(torch.uint8)
+        return rank
 
     @cached_property
     def _is_integer(self) -> bool:
@@ -264,8 +279,7 @@ E4M3, E5M2 = FP8_E4M3.grid, FP8_E5M2.grid
 E2M3, E3M2, E2M1, E8M0 = FP6_E2M3.grid, FP6_E3M2.grid, FP4_E2M1.grid, FP_E8M0.grid
 TERNARY = Grid("ternary", torch.tensor([-1.0, 0.0, 1.0]))
 
-# Quantiles of a Gaussian, normalized to [-1, 1] with an exact zero: QLoRA (arXiv 2305.14314),
-# section 3; the float32 constants are those of bitsandbytes.
+# QLoRA (arXiv 2305.14314), section 3; the float32 constants are those of bitsandbytes.
 NF4 = Grid(
     "nf4",
     torch.tensor(
@@ -278,10 +292,44 @@ NF4 = Grid(
     ),
 )
 
+
+def normal_float(bits: int) -> Grid:
+    """NF of `bits` bits (2..8): quantiles of a Gaussian (QLoRA, arXiv 2305.14314, section 3).
+
+    Four bits are the published constants, which differ from computed quantiles by 2e-7 at most.
+
+    >>> normal_float(3).points
+    tensor([-1.0000, -0.5350, -0.2469,  0.0000,  0.1833,  0.3820,  0.6230,  1.0000])
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"normal floats have 2 to 8 bits, got {bits}")
+    return NF4 if bits == 4 else Grid(f"nf{bits}", normal_quantiles(bits))
+
+
+def lloyd_max(bits: int) -> Grid:
+    """The 2^bits levels (1..8 bits) of least squared error for a Gaussian of variance 1 (Max 1960).
+
+    >>> lloyd_max(1).points          # plus and minus sqrt(2 / pi)
+    tensor([-0.7979,  0.7979])
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"Lloyd-Max grids have 1 to 8 bits, got {bits}")
+    return Grid(f"lloyd{bits}", lloyd_max_levels(bits))
+
+
+# bitsandbytes' FP4: a sign and one of eight magnitudes, in the order of its codes (zero has two).
+_SIZES = torch.tensor([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4])
+BNB_FP4 = Grid("bnb_fp4", torch.cat([_SIZES, 0 - _SIZES]))
+# OCP MX v1.0, section 5.3.4: two's complement in units of 1/64. -128, which has no positive twin,
+# is not used: here it is no number.
+_BYTES = torch.arange(256)
+MXINT8 = Grid("mxint8", torch.where(_BYTES == 128, math.nan, ((_BYTES + 128) % 256 - 128) / 64))
+
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
         *(int_grid(bits, signed) for bits in range(1, 9) for signed in (True, False)),
-        *(E4M3, E5M2, E2M3, E3M2, E2M1, E8M0, TERNARY, NF4),
+        *(E4M3, E5M2, E2M3, E3M2, E2M1, E8M0, TERNARY, BNB_FP4, MXINT8),
+        *(kind(bits) for bits in range(2, 9) for kind in (normal_float, lloyd_max)),
     )
 }

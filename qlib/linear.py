@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -9,14 +10,33 @@ from .qtensor import QTensor
 
 try:
     from . import kernels
+    from .kernels.dequantize import CHUNK_WEIGHTS, row_chunks
 except ImportError as error:
     # In a checkout the folder kernels/ lies beside qlib/, and only an installation joins the two.
     message = "qlib.kernels is missing: install the checkout with `pip install -e .` (make does so)"
     raise ImportError(message) from error
 
 
+class _Product(torch.autograd.Function):
+    """`x @ q.dequantize().T`; what the gradient needs is kept packed (QLoRA, section 3)."""
+
+    @staticmethod
+    def forward(ctx, x: Float[Tensor, "*batch in"], q: QTensor) -> Float[Tensor, "*batch out"]:
+        ctx.format, ctx.shape, ctx.names = q.format, q.shape, tuple(q.parts)
+        ctx.save_for_backward(*q.parts.values())
+        return kernels.matmul(x.detach(), q)
+
+    @staticmethod
+    def backward(ctx, gradient: Float[Tensor, "*batch out"]) -> tuple[Tensor, None]:
+        q = QTensor(ctx.format, ctx.shape, dict(zip(ctx.names, ctx.saved_tensors)))
+        pieces = list(row_chunks(q, max(1, CHUNK_WEIGHTS // q.shape[1])))
+        gradients = gradient.split([piece.shape[0] for piece in pieces], dim=-1)
+        products = (g @ piece.dequantize().to(g.dtype) for g, piece in zip(gradients, pieces))
+        return sum(products), None
+
+
 class QLinear(nn.Module):
-    """`x @ weight.T + bias` with a quantized weight.
+    """`x @ weight.T + bias` with a quantized weight, differentiable in `x`.
 
     The parts of the weight are buffers, so they move between devices with the module; unlike
     other buffers they never change dtype, because their dtype is part of the format.
@@ -46,7 +66,8 @@ class QLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The matrix product by the fastest kernel that knows the format."""
-        y = kernels.matmul(x, self.weight)
+        trained = x.requires_grad and torch.is_grad_enabled()
+        y = _Product.apply(x, self.weight) if trained else kernels.matmul(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -105,7 +105,7 @@ def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
     shape = tuple(weight.shape)
     if weight.numel() == 0:
         raise ValueError(f"{name} {list(shape)}: the weight is empty; leave it out with a rule")
-    if format is not None and not bool(weight.isfinite().all()):
+    if format is not None and not weight.is_meta and not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{name} {list(shape)}: {bad} NaN or infinite weights; repair them first")
     dense = weight.numel() * weight.element_size()

@@ -87,12 +87,12 @@ class Report:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the whole model by kind: codes, scales, zeros, codebooks, unquantized."""
+        """Bytes of the whole model by kind: codes, scales, zeros, codebooks, blocks, the rest."""
         kept = sum(step.nbytes for step in self.plan.steps if step.format is None)
         total = {"codes": 0, "scales": 0, "zeros": 0, "codebooks": 0}
         for layer in self.layers:
             for kind, size in layer.nbytes.items():
-                total[kind] += size
+                total[kind] = total.get(kind, 0) + size
         total["unquantized"] = self.plan.other_bytes + kept
         return {kind: size for kind, size in total.items() if size}
 

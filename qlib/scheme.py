@@ -1,8 +1,8 @@
 """Scheme: a grid, a block, a fit, and how scale and offset are stored.
 
 The value rule is `grid[code] * scale + offset`, or `(grid[code] - zero_point) * scale` where an
-integer zero point is stored. A scale may itself be stored by a Scheme (double quantization,
-NVFP4's second level), so two-level formats need no code of their own.
+integer zero point is stored. A scale may itself be stored by a Scheme (NVFP4's second level) or by
+another format of scales (`qlib.double`), so two-level formats need no code of their own.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Union
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .double import DoubleQuant
 from .fit import Fit
 from .grid import GRIDS, Grid
 from .pack import pack, pack_trits, packed_bytes, unpack, unpack_trits
 from .qtensor import QTensor
+from .storage import Divisor, Layout, describe, layout, read, store
 
-Storage = Union[torch.dtype, Grid, "Scheme"]
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+__all__ = ["Divisor", "Layout", "Scheme", "Storage", "check_finite", "checked", "checked_kind"]
+
+Storage = Union[torch.dtype, Grid, Divisor, DoubleQuant, "Scheme"]
 
 # Rows are processed a few at a time, so that what one step writes the next finds in cache.
 CHUNK_WEIGHTS = 1 << 18
@@ -37,7 +42,8 @@ class Scheme:
         block: weights that share one scale: a number of consecutive weights of a row (the last
             block of a row may be shorter), "row" (one output channel) or "tensor".
         fit: finds a block's scale and offset (`qlib.fit`).
-        scale: how scales are stored: a torch dtype, a Grid (E8M0), or another Scheme.
+        scale: how scales are stored: a torch dtype, a Divisor, a Grid (E8M0), another Scheme or
+            DoubleQuant.
         offset: None for symmetric formats; an integer Grid stores a zero point in units of the
             scale; a dtype or Scheme stores the offset itself.
 
@@ -61,6 +67,9 @@ class Scheme:
             raise ValueError(f"an integer zero point needs an integer grid, got {self.grid.name}")
         if 8 < self.grid.bits < 16:
             raise ValueError(f"codes have 1 to 8 or 16 bits, got a grid of {self.grid.bits}")
+        divides = [isinstance(storage, Divisor) for storage in (self.scale, self.offset)]
+        if divides[1] or (divides[0] and self.offset is not None):
+            raise ValueError("a Divisor stores the scale of a format without offsets")
         for storage in (self.scale, self.offset):
             if isinstance(storage, Grid) and (storage.name == "ternary" or not _is_known(storage)):
                 raise ValueError(f"scales and offsets cannot be stored on the grid {storage.name}")
@@ -69,10 +78,10 @@ class Scheme:
 
     def __str__(self) -> str:
         parts = [self.grid.name, f"block {self.block}", self.fit.__name__]
-        parts.append(f"scale {_storage_name(self.scale)}")
+        parts.append(f"scale {describe(self.scale)}")
         if self.offset is not None:
             kind = "zero point" if isinstance(self.offset, Grid) else "offset"
-            parts.append(f"{kind} {_storage_name(self.offset)}")
+            parts.append(f"{kind} {describe(self.offset)}")
         return ", ".join(parts)
 
     def quantize(
@@ -91,8 +100,11 @@ class Scheme:
         w = self.rows(checked(weight))
         if importance is not None:
             importance = self.rows(importance.float().expand(weight.shape))
-        parts = self.store(*self.fit_blocks(w, importance))
-        codes = self.round(w, *self.read(parts, weight.shape))
+        fitted = self.fit_blocks(w, importance)
+        parts = self.store(*fitted)
+        # Codes belong to the scales that will be read; bitsandbytes compresses scales afterwards.
+        late = isinstance(self.scale, DoubleQuant)
+        codes = self.round(w, *(fitted if late else self.read(parts, weight.shape)))
         parts["codes"] = self.pack(codes, weight.shape)
         parts = {name: parts[name] for name in self.layout(weight.shape)}
         return QTensor(self, tuple(weight.shape), parts)
@@ -117,17 +129,30 @@ class Scheme:
 
     def store(self, scale: Tensor, offset: Tensor | None) -> dict[str, Tensor]:
         """The stored tensors of fitted scales and offsets, [rows, blocks] each."""
-        parts = _store("scale", scale, self.scale)
+        parts = store("scale", scale, self.scale)
+        if isinstance(self.scale, Scheme) and self.scale.offset is None:
+            parts["scale.codes"] = self.scale._revived(parts, scale)
         if not self.is_standard:
             parts["grid"] = self.grid.points.clone()
         if isinstance(self.offset, Grid):
             # The zero point belongs to the scale that will be read back, not to the fitted one.
-            kept = _read("scale", parts, self.scale, scale.shape)
+            kept = read("scale", parts, self.scale, scale.shape)
             zero_point = torch.round(-offset / kept.masked_fill(kept == 0, 1))
-            parts |= _store("zero_point", zero_point, self.offset)
+            parts |= store("zero_point", zero_point, self.offset)
         elif self.offset is not None:
-            parts |= _store("offset", offset, self.offset)
+            parts |= store("offset", offset, self.offset)
         return parts
+
+    def _revived(self, parts: Mapping[str, Tensor], scales: Tensor) -> Tensor:
+        """The codes of stored `scales`: one that rounds to zero would erase its block, so it gets
+        the value next to zero instead."""
+        lost = (read("scale", parts, self, scales.shape) == 0) & (scales != 0)
+        if not bool(lost.any()):
+            return parts["scale.codes"]
+        sizes = self.grid.points.nan_to_num(nan=0).abs()
+        nearest = self.grid.round(scales.sign() * sizes[sizes > 0].min())
+        codes = self.unpack(parts["scale.codes"], scales.shape)
+        return self.pack(torch.where(lost, nearest, codes), scales.shape)
 
     def round(self, w: Tensor, scale: Tensor, offset: Tensor | None) -> Int[Tensor, "rows cols"]:
         """Codes of `w` [rows, cols] under scales as `read` returns them, [rows, blocks]."""
@@ -139,7 +164,9 @@ class Scheme:
         scale = scale.masked_fill(scale == 0, 1)
         for columns, blocks, size in self._pieces(w.shape[1]):
             x = w[:, columns].unflatten(1, (-1, size))
-            if isinstance(self.offset, Grid):
+            if isinstance(self.scale, Divisor):
+                x = x * scale[:, blocks, None]
+            elif isinstance(self.offset, Grid):
                 x = (x / scale[:, blocks, None]).round_().add_(offset[:, blocks, None])
             elif offset is not None:
                 x = (x - offset[:, blocks, None]).div_(scale[:, blocks, None])
@@ -149,22 +176,44 @@ class Scheme:
         return codes if len(codes) == 1 else [torch.cat(codes, dim=1)]
 
     def read(self, parts: Mapping[str, Tensor], shape) -> tuple[Tensor, Tensor | None]:
-        """(scale, offset) as stored, float32 [rows, blocks]; an integer zero point stays one."""
+        """(scale, offset) as stored, float32 [rows, blocks]; an integer zero point stays one, and
+        a Divisor's scale is what divides."""
         at = self._scale_shape(shape)
-        scale = _read("scale", parts, self.scale, at)
-        return scale, None if self.offset is None else _read(self._offset, parts, self.offset, at)
+        scale = read("scale", parts, self.scale, at)
+        return scale, None if self.offset is None else read(self._offset, parts, self.offset, at)
 
     def decode(self, parts: Mapping[str, Tensor], shape) -> Float[Tensor, "*shape"]:
         """The weights that `parts` mean, float32: the one definition of every layer's values."""
-        rows = self.rows(self.unpack(parts["codes"], shape).view(shape))
-        return _by_rows(lambda *x: [self.values(*x)], rows, *self.read(parts, shape))[0].view(shape)
+        rows, cols = _matrix_shape(shape)
+        # One scale of the whole tensor is the scale of every row.
+        scale, offset = (x if x is None else x.expand(rows, -1) for x in self.read(parts, shape))
+        values = _empty((rows, cols), scale.device)
+        step = max(1, CHUNK_WEIGHTS // cols)
+        for chunk in (slice(i, i + step) for i in range(0, rows, step)):
+            self._decode_codes(parts["codes"][chunk], values[chunk])
+            self._rescale(values[chunk], scale[chunk], None if offset is None else offset[chunk])
+        return values.view(shape)
+
+    def _decode_codes(self, packed: Tensor, values: Tensor) -> None:
+        """Grid values of packed codes, into `values` [rows, cols]."""
+        cols = values.shape[1]
+        if self.grid.bits == 4 and cols % 2 == 0:
+            pairs, at = _pairs(self.grid, packed.device), packed.reshape(-1).int()
+            torch.index_select(pairs, 0, at, out=values.view(-1).view(torch.float64))
+        else:
+            values.copy_(self.grid.decode(self.unpack(packed, (len(values), cols))))
 
     def values(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         """Weights of `codes` [rows, cols] under scales as `read` returns them: undoes `round`."""
-        values = self.grid.decode(codes)
-        for columns, blocks, size in self._pieces(codes.shape[1]):
+        return self._rescale(self.grid.decode(codes), scale, offset)
+
+    def _rescale(self, values: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        """Grid values [rows, cols] to weights, in place."""
+        for columns, blocks, size in self._pieces(values.shape[1]):
             block = values[:, columns].unflatten(1, (-1, size))
-            if isinstance(self.offset, Grid):
+            if isinstance(self.scale, Divisor):
+                block.div_(scale[:, blocks, None])
+            elif isinstance(self.offset, Grid):
                 block.sub_(offset[:, blocks, None]).mul_(scale[:, blocks, None])
             else:
                 block.mul_(scale[:, blocks, None])
@@ -175,13 +224,13 @@ class Scheme:
     def layout(self, shape) -> Layout:
         """dtype and shape of every tensor that a weight of `shape` is stored as."""
         rows, cols = _matrix_shape(shape)
-        layout = {"codes": (torch.uint8, (rows, packed_bytes(cols, len(self.grid.points))))}
-        layout |= _layout("scale", self.scale, self._scale_shape(shape))
+        parts = {"codes": (torch.uint8, (rows, packed_bytes(cols, len(self.grid.points))))}
+        parts |= layout("scale", self.scale, self._scale_shape(shape))
         if self.offset is not None:
-            layout |= _layout(self._offset, self.offset, self._scale_shape(shape))
+            parts |= layout(self._offset, self.offset, self._scale_shape(shape))
         if not self.is_standard:
-            layout["grid"] = (torch.float32, tuple(self.grid.points.shape))
-        return layout
+            parts["grid"] = (torch.float32, tuple(self.grid.points.shape))
+        return parts
 
     def nbytes(self, shape) -> int:
         """Bytes that a weight of `shape` will take, known before it is touched."""
@@ -233,6 +282,15 @@ def _is_known(grid: Grid) -> bool:
     return GRIDS.get(grid.name) == grid
 
 
+@lru_cache(maxsize=256)
+def _pairs(grid: Grid, device: torch.device) -> Tensor:
+    """The two float32 values that each byte of 4-bit codes stands for, as one float64."""
+    codes = unpack(torch.arange(256, dtype=torch.uint8)[:, None], 4, 2)
+    values = grid.points.new_zeros(16)
+    values[: len(grid.points)] = grid.points
+    return values[codes.long()].view(torch.float64).view(-1).to(device)
+
+
 def checked(weight: Tensor) -> Tensor:
     """`weight` as float32; ValueError for another kind of tensor and for values not finite."""
     weight = checked_kind(weight)
@@ -256,6 +314,13 @@ def check_finite(weight: Tensor) -> None:
         raise ValueError(f"weight {shape} holds {bad} NaN or infinite values; repair them first")
 
 
+def _empty(shape: tuple[int, int], device: torch.device) -> Float[Tensor, "rows cols"]:
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    # On Linux numpy asks for large pages, and to touch them takes a fraction of the time.
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
 def _matrix_shape(shape) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
 
@@ -268,43 +333,3 @@ def _by_rows(f: Callable, first: Tensor, *others: Tensor | None) -> list[Tensor 
     starts = range(0, len(first), step)
     results = [f(*(x if x is None else x[i : i + step] for x in (first, *others))) for i in starts]
     return [None if x[0] is None else torch.cat(x) for x in zip(*results)]
-
-
-def _store(name: str, values: Tensor, storage: Storage) -> dict[str, Tensor]:
-    if isinstance(storage, Scheme):
-        inner = storage.quantize(values)
-        return {f"{name}.{part}": tensor for part, tensor in inner.parts.items()}
-    if isinstance(storage, Grid):
-        return {name: pack(storage.round(values), storage.bits)}
-    stored = values.to(storage)
-    if not bool(stored.isfinite().all()):
-        worst, dtype = values.abs().max().item(), str(storage).removeprefix("torch.")
-        raise ValueError(f"a {name} of {worst:.3g} overflows {dtype}; store it as torch.float32")
-    # A scale that rounds to zero would erase its block: keep the smallest positive value instead.
-    info = torch.finfo(storage)
-    floor = (info.smallest_normal * info.eps * values.sign()).to(storage)
-    return {name: torch.where((stored == 0) & (values != 0), floor, stored)}
-
-
-def _read(name: str, parts: Mapping[str, Tensor], storage: Storage, shape) -> Tensor:
-    if isinstance(storage, Scheme):
-        prefix = f"{name}."
-        inner = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
-        return storage.decode(inner, shape)
-    if isinstance(storage, Grid):
-        return storage.decode(unpack(parts[name], storage.bits, shape[1]))
-    return parts[name].float()
-
-
-def _layout(name: str, storage: Storage, shape) -> Layout:
-    if isinstance(storage, Scheme):
-        return {f"{name}.{part}": spec for part, spec in storage.layout(shape).items()}
-    if isinstance(storage, Grid):
-        return {name: (torch.uint8, (shape[0], packed_bytes(shape[1], len(storage.points))))}
-    return {name: (storage, tuple(shape))}
-
-
-def _storage_name(storage: Storage) -> str:
-    if isinstance(storage, Scheme):
-        return f"({storage})"
-    return storage.name if isinstance(storage, Grid) else str(storage).removeprefix("torch.")

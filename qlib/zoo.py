@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 
 from .errors import FormatError
-from .files import checkpoint, gguf_export, gguf_llama, hf
+from .files import checkpoint, gguf_export, gguf_llama, hf, quantized
 from .files.gguf_report import GgufReport
+from .lora import adapters
 from .model import Decoder
 from .tokenizer import Tokenizer
 from .transform import permute_channels
@@ -24,7 +26,12 @@ SMALL_FOLDER = Path(__file__).parent / "data" / "own"
 SMOLLM2 = "smollm2-135m"
 NAMES = (SMOLLM2, SMALL)
 REFERENCE_SEED = 0
-CONTAINERS = {checkpoint.CONTAINER: checkpoint.save, "gguf": gguf_export.save}
+CONTAINERS = {
+    checkpoint.CONTAINER: checkpoint.save,
+    "gguf": gguf_export.save,
+    "hf": quantized.save_dense,
+    **{name: functools.partial(quantized.save, container=name) for name in quantized.CONTAINERS},
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ def load(
     *,
     permuted: bool | None = None,
     download: bool = False,
+    packed: bool = False,
 ) -> tuple[Decoder, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -64,6 +72,8 @@ def load(
         permuted: reorder the channels by a fixed seed (`permute_channels`). The default is to do so
             for "smollm2-135m" only: its file is quantized in groups of 32 channels, and on those
             same groups 4 bits would look lossless. The function of the model does not change.
+        packed: keep the blocks of a .gguf file as they are, in QLinear layers, instead of decoding
+            them; the folders of quantized models are always read so.
         download: let a plain "org/name" mean "hf:org/name".
 
     The parameters do not require gradients (``model.requires_grad_()`` turns them on).
@@ -71,32 +81,44 @@ def load(
     if it is malformed, and ImportError if a download needs huggingface_hub and it is missing.
     """
     name = os.fspath(name_or_path)
-    model, tokenizer = _open(name, dtype, download)
-    if permuted or (permuted is None and name == SMOLLM2):
+    model, tokenizer = _open(name, dtype, download, packed)
+    if permuted and packed:
+        raise ValueError(
+            "packed blocks hold neighboring channels: give permuted or packed, not both"
+        )
+    if permuted or (permuted is None and name == SMOLLM2 and not packed):
         permute_channels(model, REFERENCE_SEED)
     return model, tokenizer
 
 
-def _open(name: str, dtype: torch.dtype, download: bool) -> tuple[Decoder, Tokenizer]:
+def _open(name: str, dtype: torch.dtype, download: bool, packed: bool) -> tuple[Decoder, Tokenizer]:
     path = Path(name)
     if path.suffix in (".safetensors", ".json") and path.is_file():
         raise ValueError(f"{name} is one file of a model; load its folder, {str(path.parent)!r}")
     if path.is_dir() and not (path / "config.json").exists():
         raise FileNotFoundError(f"{path.resolve()} is not a model folder: it has no config.json")
     if name == SMOLLM2:
-        return gguf_llama.load(packaged_path(SMOLLM2_FILE), dtype)
+        return gguf_llama.load(packaged_path(SMOLLM2_FILE), dtype, packed)
     if name == SMALL:
         return hf.load(SMALL_FOLDER, dtype)
     if name.startswith("hf:"):
-        return hf.load(_download(name.removeprefix("hf:")), dtype)
+        return _open_folder(_download(name.removeprefix("hf:")), dtype)
     if path.is_dir():
-        quantized = hf.container_of(path) == checkpoint.CONTAINER
-        return checkpoint.load(path) if quantized else hf.load(path, dtype)
+        return _open_folder(path, dtype)
     if path.is_file():
-        return gguf_llama.load(path, dtype)
+        return gguf_llama.load(path, dtype, packed)
     if download:
-        return hf.load(_download(name), dtype)
+        return _open_folder(_download(name), dtype)
     raise ValueError(_unknown(name))
+
+
+def _open_folder(folder: Path, dtype: torch.dtype) -> tuple[Decoder, Tokenizer]:
+    container = hf.container_of(folder)
+    if container is None:
+        return hf.load(folder, dtype)
+    if container == checkpoint.CONTAINER:
+        return checkpoint.load(folder)
+    return quantized.load(folder, dtype)
 
 
 def _unknown(name: str) -> str:
@@ -166,22 +188,29 @@ def save(
         tokenizer: travels with the model if given; a .gguf file needs it.
         container: the layout of the files, a name in CONTAINERS; by default the path decides.
         options: for "gguf" those of `gguf_export.export`: mix="Q4_K_M", importance=, ...; the
-            result is its report.
+            result is its report. For the containers of other tools dtype= and max_shard_bytes=
+            (`quantized.save`).
 
-    Raises ValueError, with the nearest name, for an unknown container, and TypeError for a model
-    that is not our Decoder (write that one with save_pretrained, load it here, then quantize it).
+    Raises ValueError, with the nearest name, for an unknown container, and where a container cannot
+    hold a layer as it is, and TypeError for a model that is not our Decoder (write that one with
+    save_pretrained, load it here, then quantize it).
     """
     if not isinstance(model, Decoder):
         kind = type(model).__name__
         raise TypeError(
             f"save takes a model from qlib.load, not a {kind}; quantize that one instead"
         )
+    if adapters(model):
+        raise ValueError(
+            "the model has adapters: lora.save_adapters keeps them, lora.merge adds them"
+        )
     if container is None:
         container = "gguf" if os.fspath(path).endswith(".gguf") else checkpoint.CONTAINER
     if container not in CONTAINERS:
         near = difflib.get_close_matches(container, CONTAINERS, n=1, cutoff=0.0)
         raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")
-    if options and container != "gguf":
-        given = ", ".join(options)
+    gguf = set(options) - {"dtype", "max_shard_bytes"}
+    if container != "gguf" and (gguf or (options and container == checkpoint.CONTAINER)):
+        given = ", ".join(gguf or options)
         raise TypeError(f"{given}: only for GGUF files; give a path that ends in .gguf")
     return CONTAINERS[container](path, model, tokenizer, **options)

@@ -13,6 +13,7 @@ from qlib import fit, grid
 from qlib.block import Block, Call
 from qlib.calibrate import Calibration, calibrated_blocks
 from qlib.columns import Columns
+from qlib.double import DoubleQuant
 from qlib.linear import QLinear
 from qlib.methods import Method
 from qlib.methods.autoround import CLIP, Rounding, autoround
@@ -57,7 +58,11 @@ def wander(layer: Rounding, steps: int = 8) -> None:
 # -- the stored values ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# bitsandbytes rounds the weights under scales that it then rounds too.
+PLAIN = [name for name, one in FORMATS.items() if not isinstance(one.scale, DoubleQuant)]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_before_the_first_step_it_is_rounding_to_nearest(name):
     format, weight = FORMATS[name], odd_weight()
     layer, expected = Rounding(weight, format), format.quantize(weight).dequantize()

@@ -393,8 +393,8 @@ def test_relative_errors_leave_out_what_does_not_fit():
 
 def test_formats_that_gguf_cannot_hold(tmp_path):
     model = decoder()
-    qlib.quantize_model(model, "int4-g32", progress=False)
-    scheme = qlib.format("int4-g32")
+    qlib.quantize_model(model, "int4-g64", progress=False)
+    scheme = qlib.format("int4-g64")
     with raises(
         f"model.layers.0.self_attn.q_proj: a GGUF file cannot hold its format ({scheme}); "
         f"quantize it to one of {', '.join(gguf_export.NAMES)}, or keep it with qlib.save"

@@ -88,11 +88,12 @@ def test_absmean():
 
 
 @examples
-@given(seed=SEEDS, name=st.sampled_from(["int2", "int3", "int4", "int8", "e2m1", "nf4"]))
+@given(seed=SEEDS, name=st.sampled_from(["int3", "int8", "e2m1", "nf3", "bnb_fp4", "mxint8"]))
 def test_mse_is_never_worse_than_absmax(seed, name):
     blocks, levels = random_blocks(seed), grid.GRIDS[name]
-    full = squared_error(blocks, levels.points, fit.absmax(blocks, levels)[0])
-    best = squared_error(blocks, levels.points, fit.mse(blocks, levels)[0])
+    points = levels.points[levels.points.isfinite()]
+    full = squared_error(blocks, points, fit.absmax(blocks, levels)[0])
+    best = squared_error(blocks, points, fit.mse(blocks, levels)[0])
     assert (best <= full * (1 + 1e-5)).all()
 
 
@@ -103,6 +104,57 @@ def test_minmax_mse_is_never_worse_than_minmax(seed, bits):
     full = squared_error(blocks, levels.points, *fit.minmax(blocks, levels))
     best = squared_error(blocks, levels.points, *fit.minmax_mse(blocks, levels))
     assert (best <= full * (1 + 1e-4) + 1e-12).all()
+
+
+@examples
+@given(seed=SEEDS, name=st.sampled_from(["e2m1", "e4m3", "mxint8"]), weighted=st.booleans())
+def test_pow2_mse_is_the_best_of_its_exponents(seed, name, weighted):
+    blocks, levels = random_blocks(seed), grid.GRIDS[name]
+    importance = np.random.default_rng(seed + 1).exponential(size=blocks.shape) ** 3
+    tensor = torch.from_numpy(importance).float() if weighted else None
+    points = levels.points[levels.points.isfinite()]
+    args = {"importance": importance if weighted else 1.0}
+    found = fit.pow2_mse(blocks, levels, tensor)[0]
+    best = squared_error(blocks, points, found, **args)
+    floor = fit.pow2_floor(blocks, levels)[0]
+    errors = [squared_error(blocks, points, floor * 2.0**k, **args) for k in (-1, 0, 1, 2)]
+    np.testing.assert_allclose(best, np.min(errors, axis=0), rtol=1e-4)
+    assert (torch.frexp(found).mantissa == 0.5).all()
+    assert not np.allclose(errors[0], best, rtol=1e-4)
+
+
+def test_four_over_six_by_hand():
+    """3 and 6 are values under amax / 6; under amax / 4 so are 4.5 and 6."""
+    blocks = torch.tensor([[6.0, 3.0], [6.0, 4.5], [6.0, 4.4], [0.0, 0.0]])
+    assert fit.four_over_six(blocks, grid.E2M1)[0].tolist() == [1.0, 1.5, 1.5, 0.0]
+    # Importance decides between two weights that want different scales.
+    both = torch.tensor([[6.0, 4.5, 4.0]] * 2)
+    importance = torch.tensor([[1.0, 9.0, 1.0], [1.0, 1.0, 9.0]])
+    assert fit.four_over_six(both, grid.E2M1, importance)[0].tolist() == [1.5, 1.0]
+    # Scales keep four significant bits: 6.7 / 6 becomes 1.125, a little more.
+    assert fit.four_over_six(torch.tensor([[6.7, 3.3]]), grid.E2M1)[0].tolist() == [1.125]
+
+
+def test_rms_gives_every_block_the_variance_one():
+    blocks = torch.tensor([[3.0, -4.0], [0.0, 0.0], [3e38, 3e38], [1e-30, -1e-30]])
+    scale, offset = fit.rms(blocks, grid.GRIDS["lloyd4"])
+    assert offset is None
+    torch.testing.assert_close(scale, torch.tensor([12.5**0.5, 0, 3e38, 1e-30]), rtol=1e-6, atol=0)
+
+
+@examples
+@given(seed=SEEDS, bits=st.integers(1, 8), signed=st.booleans())
+def test_zero_anchored_keeps_an_end_and_a_zero(seed, bits, signed):
+    blocks, levels = random_blocks(seed), grid.int_grid(bits, signed and bits > 1)
+    scale, offset = (x.double() for x in fit.zero_anchored(blocks, levels))
+    low, high = blocks.aminmax(dim=1)
+    end = torch.where(low.abs() > high.abs(), low, high).double()
+    first = offset + levels.min * scale
+    zero = -first / scale
+    anchored = zero.round().abs() > 0
+    torch.testing.assert_close(first[anchored], end[anchored], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(zero, zero.round(), rtol=0, atol=1e-3)
+    assert (scale.sign() == -end.sign()).all()
 
 
 def test_mse_can_lose_when_its_scale_is_changed():
@@ -172,7 +224,8 @@ def test_pow2_rules_at_the_ends_of_float32(rule, amax):
 
 @pytest.mark.parametrize("name", sorted(fit.FITS))
 def test_zero_constant_and_single_weight_blocks(name):
-    levels = grid.int_grid(4, signed=not name.startswith("minmax"))
+    offset_found = name in ("minmax", "minmax_mse", "zero_anchored")
+    levels = grid.int_grid(4, signed=not offset_found)
     levels = grid.E2M1 if name.startswith("pow2") else levels
     blocks = torch.stack([torch.zeros(8), torch.full((8,), -0.3), torch.full((8,), 2.0)])
     for columns in (8, 1):
@@ -180,7 +233,7 @@ def test_zero_constant_and_single_weight_blocks(name):
         assert bool(scale.isfinite().all())
         assert scale.shape == (3,)
         assert (scale[1:] != 0).all()
-        assert (offset is not None) == name.startswith("minmax")
+        assert (offset is not None) == offset_found
         assert offset is None or offset[0] == 0
 
 

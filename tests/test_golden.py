@@ -1,6 +1,7 @@
 """Codes, scales and values that other implementations wrote, as small constants.
 
-Sources: torchao 0.18 (`to_mx`, `nvfp4_quantize`), bitsandbytes 0.50.2 (`quantize_4bit`).
+Sources: torchao 0.18 (`to_mx`, `nvfp4_quantize`), bitsandbytes 0.50.2 (`quantize_4bit`),
+microxcaling (`_quantize_mx` with elem_format "int8").
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ FP4_BYTES = [
     "42656645c1edfede8b54655613daeeee8a1062221298a9bbaa0911221201a9aa",
     "42656645c1edfede8b54655613daeeee8a1062221298a9bbaa0911221201a9aa",
 ]
+# MXINT8 elements of WAVE in two's complement.
+INT8_BYTES = (
+    "101c28434d3c2e270be2cec7b2a7bdd8e5ff253837414a361606f3cdb4b7b8b4"
+    "e5fa050a1970221c1c13fff2ece0d4d8e3e8f10514171c2623160e07f5e3dfdd"
+)
 
 
 def flipped(x: torch.Tensor) -> torch.Tensor:
@@ -80,6 +86,14 @@ def test_mxfp4_values():
     assert q.dequantize()[0, :14].tolist() == first
     wrong = dataclasses.replace(q, parts=q.parts | {"codes": flipped(q.parts["codes"])})
     assert wrong.dequantize()[0, :14].tolist() != first
+
+
+def test_mxint8():
+    q = presets.quantize(WAVE, "mxint8")
+    assert q.parts["scale"].view(-1).tolist() == [127, 128]
+    assert bytes(q.parts["codes"].view(-1).tolist()).hex() == INT8_BYTES
+    assert bytes(flipped(q.parts["codes"]).view(-1).tolist()).hex() != INT8_BYTES
+    assert q.dequantize()[0, :4].tolist() == [0.25, 0.4375, 0.625, 1.046875]
 
 
 def test_nvfp4():

@@ -423,7 +423,7 @@ def test_other_dtypes_and_transposed_inputs(dtype):
 
 def test_names_lead_to_their_grids():
     assert all(levels.name == name for name, levels in GRIDS.items())
-    assert len(GRIDS) == 24
+    assert len(GRIDS) == 39
     assert all(GRIDS[format.name] == format.grid for format in FLOATS if format.bits <= 8)
     assert repr(grid.E2M1) == "Grid(e2m1, 16 codes)"
 

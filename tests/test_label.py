@@ -351,3 +351,8 @@ def test_long_texts_take_no_quadratic_time(piece):
     start = time.process_time()
     label.find(piece * (40_000 // len(piece)))
     assert time.process_time() - start < 30
+
+
+def test_numbers_of_bits_that_make_no_sense():
+    assert label.find("exl2.4.0bpw").bits == 4
+    assert label.find("0bpw") is label.find("model-0.0bpw") is None

@@ -1,11 +1,16 @@
-"""The README's example runs as printed, and its map names files that exist."""
+"""The README's example and commands run as printed, and its map names files that exist."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from qlib import cli
+from qlib.cli.arguments import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +35,32 @@ def test_a_wrong_format_name_in_the_example_would_be_noticed(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="unknown format 'int4-128'"):
         exec(compile(example().replace("int4-g128", "int4-128"), "README.md", "exec"), {})
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every line of the section "Command line"."""
+    block = re.search(r"## Command line\n.*?```sh\n(.*?)```", README, re.S)[1]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert all(line[0] == "qlib" for line in lines)
+    return [line[1:] for line in lines]
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for arguments in commands():
+        assert cli.main([*arguments, "--json"]) == 0
+        found[arguments[0]] = json.loads(capsys.readouterr().out)
+    assert found.keys() == cli.COMMANDS.keys()
+    assert found["quantize"]["calibration"].startswith("4,096 tokens")
+    assert found["convert"]["file"]["mix"] == "BF16"
+    assert found["inspect"]["bytes"] == found["convert"]["file"]["bytes"]
+    assert 0 < found["eval"]["kl"] < 0.1
+
+
+def test_a_wrong_option_in_a_command_would_be_noticed():
+    with pytest.raises(SystemExit):
+        parser().parse_args([*commands()[0], "--formt", "nf4"])
 
 
 def test_the_map_names_what_exists():

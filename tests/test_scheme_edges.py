@@ -101,7 +101,7 @@ def test_bad_weights(message):
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("nf5", "did you mean nf4, nvfp4, fp8_e5m2? "),
+        ("nf9", "did you mean nf4, nf3, nvfp4? "),
         ("int9-g32", "did you mean int1-g32, int4-g128, int4-g32-asym? "),
         ("MXFP4", ""),
         ("", ""),

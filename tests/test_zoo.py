@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import re
 import subprocess
 import sys
 import types
@@ -18,7 +19,7 @@ import tokenizers
 import torch
 from tokenizers import pre_tokenizers
 
-from qlib import zoo
+from qlib import lora, zoo
 from qlib.errors import FormatError
 from qlib.files import hf
 from qlib.files.assemble import parameter_shapes
@@ -280,3 +281,13 @@ def test_permuted_on_request(tmp_path):
     tokens = torch.arange(12).view(1, 12)
     assert (plain(tokens) - reordered(tokens)).abs().max() < 1e-5
     assert not torch.equal(plain.model.embed_tokens.weight, reordered.model.embed_tokens.weight)
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path):
+    model = zoo.load("bpw-small")[0]
+    lora.add_adapters(model, rank=1)
+    message = "the model has adapters: lora.save_adapters keeps them, lora.merge adds them"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        zoo.save(model, tmp_path / "x")
+    lora.merge(model)
+    zoo.save(model, tmp_path / "x")

@@ -1,8 +1,9 @@
 """Speed as a ratio to a peer measured in the same run: `make bench`.
 
 Round-to-nearest of a 4096 x 4096 Gaussian matrix by qlib, bitsandbytes and optimum-quanto, with
-the same number of threads. Calls are interleaved and each contestant's fastest one counts, so
-that a busy machine slows all of them alike.
+the same number of threads; then the four-bit floats, one thread, to codes and back, beside
+bitsandbytes (NF4) and torchao (MXFP4, NVFP4). Calls are interleaved and each contestant's fastest
+one counts, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -38,7 +41,43 @@ def contestants(weight: torch.Tensor, group: int) -> dict[str, Callable[[], obje
     }
 
 
-def fastest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def four_bit_floats(weight: torch.Tensor) -> dict[str, tuple[Callable, Callable]]:
+    """Name -> (qlib's call, its peer's) that encodes `weight` or decodes what was encoded."""
+    import bitsandbytes.functional as bnb
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+    def nf4():
+        return bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+
+    def mxfp4():
+        return MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32)
+
+    def nvfp4():
+        return NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=weight.abs().max() / 2688)
+
+    calls = {}
+    for name, peer in (("nf4", nf4), ("mxfp4", mxfp4), ("nvfp4", nvfp4)):
+        ours, theirs = qlib.quantize(weight, name), peer()
+        back = partial(bnb.dequantize_4bit, *theirs) if name == "nf4" else theirs.dequantize
+        calls[f"{name} encode"] = (partial(qlib.quantize, weight, name), peer)
+        calls[f"{name} decode"] = (ours.dequantize, back)
+    return calls
+
+
+def print_four_bit_floats(weight: torch.Tensor, rounds: int) -> None:
+    pairs = four_bit_floats(weight)
+    calls = {(name, i): call for name, pair in pairs.items() for i, call in enumerate(pair)}
+    best = fastest(calls, rounds)
+    print("four-bit floats, 4096 x 4096, 1 thread: M weights/s")
+    print(f"{'':24}{'qlib':>12}{'peer':>16}{'qlib / peer':>14}")
+    for name in pairs:
+        ours, theirs = best[name, 0], best[name, 1]
+        speeds = [weight.numel() / seconds / 1e6 for seconds in (ours, theirs)]
+        print(f"{name:24}{speeds[0]:12.0f}{speeds[1]:16.0f}{theirs / ours:14.2f}")
+
+
+def fastest(calls: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
     """Seconds of each call's fastest round; the rounds are interleaved."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
@@ -83,6 +122,8 @@ def main() -> None:
             ratios = [best[peer] / seconds for peer in ("bitsandbytes nf4", "quanto qint4")]
             speed = weight.numel() / seconds / 1e6
             print(f"{name:24}{speed:12.0f}{ratios[0]:16.2f}{ratios[1]:10.2f}")
+    torch.set_num_threads(1)
+    print_four_bit_floats(weight, arguments.rounds)
 
 
 if __name__ == "__main__":

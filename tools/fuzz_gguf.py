@@ -9,17 +9,16 @@ of failing inputs are printed; `--start N --count 1` runs input N again.
 
 from __future__ import annotations
 
-import argparse
 import random
 import struct
 import tempfile
 import time
 import tracemalloc
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fuzzing
 import numpy as np
 
 from qlib import ggml
@@ -301,39 +300,14 @@ def inputs(start: int, count: int) -> Iterator[tuple[int, bytes]]:
         yield number, mutate(known[number % len(known)], rng)
 
 
-def run(start: int, count: int, loads: int = 10) -> tuple[Counter, dict[int, str]]:
+def run(start: int, count: int, loads: int = 10) -> fuzzing.Found:
     """How many inputs were read and refused, and the failures by number; every 10th is loaded."""
-    outcomes: Counter = Counter()
-    failures: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "input.gguf")
-        for number, content in inputs(start, count):
-            try:
-                outcomes[check(path, content, number % loads == 0)] += 1
-            # Whatever it is, it is a finding.
-            except Exception as error:
-                failures[number] = f"{type(error).__name__}: {error!s:.200}"
-    return outcomes, failures
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--start", type=int, default=0)
-    arguments = parser.parse_args()
-    begin = time.perf_counter()
-    outcomes, failures = run(arguments.start, arguments.count)
-    seconds = time.perf_counter() - begin
-    for number, failure in list(failures.items())[:20]:
-        print(f"input {number}: {failure}")
-    counts = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(outcomes.items()))
-    rate = arguments.count / seconds
-    print(
-        f"{arguments.count:,} inputs in {seconds:.0f} s ({rate:,.0f}/s): {counts}, "
-        f"{len(failures):,} failed"
-    )
-    raise SystemExit(bool(failures))
+        return fuzzing.outcomes(
+            inputs(start, count), lambda n, content: check(path, content, n % loads == 0)
+        )
 
 
 if __name__ == "__main__":
-    main()
+    fuzzing.main(__doc__, run)

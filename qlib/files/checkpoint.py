@@ -50,6 +50,8 @@ def load(folder: str | os.PathLike) -> tuple[Decoder, Tokenizer | None]:
     folder = Path(folder)
     config = hf.read_config(folder, container=CONTAINER)
     path = folder / hf.SINGLE
+    if not path.is_file():
+        raise FormatError(path, "file", "this file is missing")
     quantized, dense = native.load_tensors(path), native.load_dense(path)
     found = {name: tuple(tensor.shape) for name, tensor in (quantized | dense).items()}
     # Lazily, so that a config of 2^31 layers ends at the first missing tensor.

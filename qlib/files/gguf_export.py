@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import ggml
 from ..calibrate import Calibration
 from ..ggml import mixes
+from ..ggml.schemes import to_blocks
 from ..model import Config, Decoder, frequency_factors
 from ..progress import bar
 from ..qtensor import QTensor
@@ -195,6 +196,8 @@ def named_weights(model: Decoder) -> Iterator[tuple[str, Weight]]:
         if getattr(module, "bias", None) is not None and f"{layer}.bias" not in names:
             raise ValueError(f"{layer}: has a bias, which a Llama in a GGUF file has not")
         weight = getattr(module, which)
+        if isinstance(weight, QTensor):
+            weight = to_blocks(weight) or weight
         if isinstance(weight, QTensor) and weight.format not in FORMATS.values():
             raise ValueError(
                 f"{layer}: a GGUF file cannot hold its format ({weight.format}); quantize it to "

@@ -18,9 +18,12 @@ from jaxtyping import Float, Shaped
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from .. import ggml
 from ..config import ARCHITECTURES
 from ..errors import FormatError
+from ..linear import QLinear, replace_layer
 from ..model import Config, Decoder
+from ..qtensor import QTensor
 from ..tokenizer import Tokenizer
 from . import gguf
 from .assemble import assemble
@@ -67,12 +70,15 @@ SPLITS = {
 }
 
 
-def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
+def load(
+    path: str | os.PathLike, dtype: torch.dtype = torch.float32, packed: bool = False
+) -> tuple[Decoder, Tokenizer]:
     """Load a Llama or Qwen2 and its tokenizer from a GGUF file.
 
     Args:
         path: the file.
         dtype: floating-point type of the parameters; every tensor is decoded on its own.
+        packed: linear layers in a block format become QLinear and keep their bytes.
 
     Raises FormatError if the file is malformed, or holds another architecture or tensor type.
     """
@@ -89,7 +95,25 @@ def load(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[D
         heads = heads_in_pairs(config, stored[name])
         return (halves_from_pairs(weight, heads) if heads else weight).to(dtype)
 
-    return assemble(path, config, shapes, fetch), read_tokenizer(file, config)
+    def blocks(name: str) -> QTensor | None:
+        """The rows of a linear layer in our order, as they are stored, if they are blocks."""
+        info = file.tensors[stored[name]]
+        form = next((f for f in ggml.FORMATS.values() if f.kind == info.kind), None)
+        if form is None or not name.startswith("model.layers"):
+            return None
+        rows = torch.from_numpy(file.raw(stored[name]).reshape(info.shape[0], -1).copy())
+        heads = heads_in_pairs(config, stored[name])
+        return QTensor(
+            form, info.shape, {"blocks": halves_from_pairs(rows, heads) if heads else rows}
+        )
+
+    model = assemble(path, config, shapes, fetch)
+    for name in stored if packed else ():
+        q = blocks(name)
+        if q is not None:
+            layer = name.removesuffix(".weight")
+            replace_layer(model, layer, QLinear(q, model.get_submodule(layer).bias))
+    return model, read_tokenizer(file, config)
 
 
 def hf_name(file: gguf.Gguf, name: str) -> str:

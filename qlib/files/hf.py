@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,28 @@ def load(
     folder = Path(folder)
     config = read_config(folder)
     stored = Tensors(folder)
-    shapes = {name: shape for name, shape in stored.shapes.items() if _is_weight(name, config)}
+    shapes = {name: shape for name, shape in stored.shapes.items() if is_weight(name, config)}
     model = assemble(folder, config, shapes, lambda name: stored.read(name).to(dtype))
     return model, read_tokenizer(folder, config)
 
 
-def _is_weight(name: str, config: Config) -> bool:
+def is_weight(name: str, config: Config) -> bool:
     # Old checkpoints store the table of rotary frequencies, and tied ones the embedding twice.
     again = config.tie_word_embeddings and name == "lm_head.weight"
     return not again and not name.endswith(".rotary_emb.inv_freq")
 
 
 def container_of(folder: str | os.PathLike) -> str | None:
-    """How config.json says that the weights are quantized (its "quant_method"), if at all."""
+    """How config.json says that the weights are quantized (its "quant_method"), if at all.
+
+    MLX names no method: its settings lie under "quantization".
+    """
     path = Path(folder) / "config.json"
-    quantization = _read_json(path).get("quantization_config")
+    raw = read_json(path)
+    quantization = raw.get("quantization_config")
+    named = isinstance(quantization, dict) and "quant_method" in quantization
+    if isinstance(raw.get("quantization"), dict) and not named:
+        return "mlx"
     if quantization is None:
         return None
     if not isinstance(quantization, dict) or type(quantization.get("quant_method")) is not str:
@@ -75,7 +82,7 @@ def read_config(folder: str | os.PathLike, container: str | None = None) -> Conf
     Raises FormatError if it describes anything else.
     """
     path = Path(folder) / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path)
     found = container_of(folder)
     if found != container:
         known = "dense" if container is None else f"{container} container"
@@ -111,13 +118,19 @@ def read_tokenizer(folder: str | os.PathLike, config: Config) -> Tokenizer:
 class Tensors:
     """The tensors of a folder, wherever they lie: shapes at once, contents when asked for.
 
+    Args:
+        folder: holds model.safetensors, or an index with shards.
+        dtypes: the types that a tensor may have, by safetensors' names.
+
     Raises FormatError if a shard is missing or broken, if shards and index disagree, or if a tensor
-    is not of a floating-point type.
+    is of another type.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike, dtypes: Sequence[str] = FLOATS) -> None:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._allowed = dtypes
         self._files: dict[str, Any] = {}
         # As transformers does: a single file wins over an index.
         if (self.folder / SINGLE).exists() or not (self.folder / INDEX).exists():
@@ -136,7 +149,7 @@ class Tensors:
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX
-        weight_map = _read_json(path).get("weight_map")
+        weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(path, "weight_map", "need an object that maps tensors to shards")
         for shard in weight_map.values():
@@ -159,8 +172,9 @@ class Tensors:
             if name in self._files:
                 raise FormatError(path, name, "this tensor is also in another shard")
             view = file.get_slice(name)
-            if view.get_dtype() not in FLOATS:
-                message = f"has dtype {view.get_dtype()}; need one of {', '.join(FLOATS)}"
+            self.dtypes[name] = view.get_dtype()
+            if self.dtypes[name] not in self._allowed:
+                message = f"has dtype {self.dtypes[name]}; need one of {', '.join(self._allowed)}"
                 raise FormatError(path, name, message)
             self.shapes[name], self._files[name] = tuple(view.get_shape()), file
 
@@ -172,6 +186,7 @@ def save_checkpoint(
     tokenizer: Tokenizer | None = None,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `load` and transformers read.
 
@@ -182,13 +197,14 @@ def save_checkpoint(
         tokenizer: becomes tokenizer.json and tokenizer_config.json.
         metadata: strings for the header of every safetensors file.
         max_shard_bytes: start a new file once one would hold more bytes of tensors than this.
+        settings: further entries of config.json, such as its quantization_config.
 
     Raises ValueError if there is nothing to store, or a shard has no room.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, max_shard_bytes)
-    small = _small_files(config, tensors, tokenizer)
+    small = _small_files({**config.to_hf(), **(settings or {})}, tensors, tokenizer)
     if len(shards) > 1:
         small[INDEX] = _index(shards)
     stale = {folder / INDEX, *folder.glob("model*.safetensors")}
@@ -229,10 +245,10 @@ def _index(shards: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 
 def _small_files(
-    config: Config, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None
 ) -> dict[str, str]:
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files = {"config.json": json.dumps({**config.to_hf(), "torch_dtype": dtype}, indent=2)}
+    files = {"config.json": json.dumps({"torch_dtype": dtype, **config}, indent=2)}
     if tokenizer is not None:
         backend = tokenizer.backend
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
@@ -244,7 +260,7 @@ def _small_files(
     return files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     text = _read_text(path)
     try:
         value = json.loads(text, object_pairs_hook=_no_repeats)

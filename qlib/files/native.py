@@ -19,17 +19,21 @@ from torch import Tensor
 
 from .. import ggml
 from ..columns import Columns
+from ..double import DoubleQuant
 from ..errors import FormatError
 from ..fit import FITS
 from ..ggml import BlockFormat
 from ..grid import GRIDS, Grid
 from ..qtensor import Format, QTensor
+from ..reordered import Reordered, is_permutation
 from ..scheme import Scheme
+from ..storage import Divisor
 from .atomic import replacing
 
 VERSION = 1
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32)}
-STORED_AS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+STORED_AS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+             torch.int32: "I32"}  # fmt: skip
 MAX_WEIGHTS = 1 << 40
 MAX_DEPTH = 4
 
@@ -82,6 +86,8 @@ def format_to_dict(format: Format) -> dict:
         return {"ggml": format.kind.name}
     if isinstance(format, Columns):
         return {"columns": scheme_to_dict(format.scheme)}
+    if isinstance(format, Reordered):
+        return {"reordered": scheme_to_dict(format.scheme)}
     return scheme_to_dict(format)
 
 
@@ -103,6 +109,10 @@ def scheme_to_dict(scheme: Scheme) -> dict:
 def _storage_to_data(storage):
     if isinstance(storage, Scheme):
         return scheme_to_dict(storage)
+    if isinstance(storage, DoubleQuant):
+        return {"double": storage.block}
+    if isinstance(storage, Divisor):
+        return {"divisor": _storage_to_data(storage.dtype)}
     return {"grid": storage.name} if isinstance(storage, Grid) else str(storage)[len("torch.") :]
 
 
@@ -120,7 +130,15 @@ class _Reader:
             raise self.error(f"unknown ggml type {data['ggml']!r}")
         if isinstance(data, dict) and set(data) == {"columns"}:
             return Columns(self.scheme(data["columns"]))
+        if isinstance(data, dict) and set(data) == {"reordered"}:
+            return self.reordered(data["reordered"])
         return self.scheme(data)
+
+    def reordered(self, data) -> Reordered:
+        try:
+            return Reordered(self.scheme(data))
+        except ValueError as error:
+            raise error if isinstance(error, FormatError) else self.error(str(error)) from None
 
     def scheme(self, data, depth: int = 0) -> Scheme:
         keys = {"grid", "block", "fit", "scale", "offset"}
@@ -143,8 +161,13 @@ class _Reader:
     def storage(self, data, depth: int):
         if isinstance(data, str) and data in DTYPES:
             return DTYPES[data]
-        if isinstance(data, dict) and set(data) == {"grid"}:
+        kind = next(iter(data)) if isinstance(data, dict) and len(data) == 1 else None
+        if kind == "grid":
             return self.grid(data["grid"])
+        if kind == "double":
+            return DoubleQuant(data["double"])
+        if kind == "divisor" and isinstance(data["divisor"], str) and data["divisor"] in DTYPES:
+            return Divisor(DTYPES[data["divisor"]])
         return self.scheme(data, depth + 1)
 
     def grid(self, data) -> Grid:
@@ -211,18 +234,25 @@ def _load_one(path, file, name: str, data) -> QTensor:
         return QTensor(format, tuple(shape), parts)
     turned = isinstance(format, Columns)
     scheme, stored = (format.scheme, shape[::-1]) if turned else (format, shape)
-    _check_values(path, name, scheme, parts, stored)
+    check_values(path, name, scheme, parts, stored)
     return QTensor(format, tuple(shape), parts)
 
 
-def _check_values(path, name: str, scheme: Scheme, parts: Mapping[str, Tensor], shape) -> None:
+def check_values(path, name: str, scheme: Format, parts: Mapping[str, Tensor], shape) -> None:
+    """Refuse parts of the right dtypes and shapes that stand for no weight."""
+    if isinstance(scheme, Reordered):
+        if not is_permutation(parts["order"], shape[1]):
+            raise FormatError(path, _key(name, "order"), "does not name every column once")
+        scheme = scheme.scheme
     codes = scheme.unpack(parts["codes"], shape)
     if int(codes.max()) >= len(scheme.grid.points):
         raise FormatError(path, _key(name, "codes"), "holds a code beyond the end of its grid")
     special = not bool(scheme.grid.points.isfinite().all())
     if special and not bool(scheme.grid.decode(codes).isfinite().all()):
         raise FormatError(path, _key(name, "codes"), "holds a code that stands for no number")
-    for field, values in zip(("scale", "offset"), scheme.read(parts, shape)):
+    scale, offset = scheme.read(parts, shape)
+    scale = scale.reciprocal() if isinstance(scheme.scale, Divisor) else scale
+    for field, values in (("scale", scale), ("offset", offset)):
         if values is not None and not bool(values.isfinite().all()):
             raise FormatError(path, _key(name, field), "holds NaN or infinite values")
 

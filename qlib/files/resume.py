@@ -26,7 +26,7 @@ def fingerprint(
     """SHA-256 of everything that decides the result: weights, formats, tokens and settings."""
     digest = hashlib.sha256()
     formats = [
-        (step.layer, step.shape, step.format and native.scheme_to_dict(step.format))
+        (step.layer, step.shape, step.format and native.format_to_dict(step.format))
         for step in plan.steps
     ]
     digest.update(json.dumps([formats, list(settings)]).encode())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..knapsack import spend
 from .block import TYPES
 
 # File type, its id in general.file_type, its default type; then role=type@condition,... for the
@@ -220,8 +221,7 @@ def for_bits(
 ) -> Mix:
     """A mix of one's own: at most `target_bpw` bits per weight, spent where they help most.
 
-    Every tensor starts at the smallest candidate; then, again and again, the exchange of one
-    tensor's type that lowers the summed sensitivity most per byte is made, while bytes are left.
+    How is decided by `knapsack.spend`.
 
     Args:
         target_bpw: over all tensors of `shapes`.
@@ -233,22 +233,12 @@ def for_bits(
     Raises ValueError if even the smallest types take more, or a sensitivity is missing or negative.
     """
     sizes, harm = _tables(sensitivities, shapes, candidates)
-    rows = np.arange(len(sizes))
-    at = sizes.argmin(1)
     weights = sum(math.prod(shape) for shape in shapes.values())
-    left = target_bpw * weights / 8 - sizes[rows, at].sum()
-    if left < 0:
-        least = 8 * sizes[rows, at].sum() / weights
+    least = 8 * sizes.min(1).sum() / weights
+    if target_bpw < least:
         raise ValueError(f"{target_bpw:g} bits per weight: these candidates take {least:.3f}")
-    while True:
-        more = sizes - sizes[rows, at][:, None]
-        gain = harm[rows, at][:, None] - harm
-        rate = np.where((more > 0) & (more <= left) & (gain > 0), gain / np.maximum(more, 1), 0)
-        row, column = np.unravel_index(rate.argmax(), rate.shape)
-        if not rate[row, column]:
-            return Mix({name: candidates[i] for name, i in zip(shapes, at)})
-        left -= more[row, column]
-        at[row] = column
+    chosen = spend(sizes, harm, target_bpw * weights / 8)
+    return Mix({name: candidates[i] for name, i in zip(shapes, chosen)})
 
 
 def _tables(sensitivities, shapes, candidates) -> tuple[np.ndarray, np.ndarray]:

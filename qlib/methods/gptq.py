@@ -66,7 +66,8 @@ def gptq(
 
     size = scheme.block if type(scheme.block) is int else len(order)
     static = static_groups or act_order or type(scheme.block) is str
-    static |= Scheme in (type(scheme.scale), type(scheme.offset))
+    # Scales that are themselves quantized need all scales at once.
+    static |= any(hasattr(storage, "layout") for storage in (scheme.scale, scheme.offset))
     groups = _fit(scheme, original, importance) if static else []
     codes: list[Tensor | None] = [None] * len(order)
     # Transposed: a column of the paper is a contiguous row of w.

@@ -1,0 +1,163 @@
+"""Quantized checkpoints of other tools: a Hugging Face folder whose linear layers are packed.
+
+What is the same in all of them stands here: which layers there are, the checks, the dense tensors,
+config.json. How one weight lies in a container stands in the container's own file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FormatError
+from ..ggml.schemes import to_scheme
+from ..linear import QLinear, replace_layer
+from ..model import Decoder
+from ..qtensor import QTensor
+from ..tokenizer import Tokenizer
+from . import awq, bnb, compressed_tensors, gptq, hf, mlx, native
+from .assemble import empty_decoder, parameter_shapes
+from .stored import Container, Settings, Stored
+
+MODULES: tuple[Container, ...] = (compressed_tensors, gptq, awq, bnb, mlx)
+CONTAINERS: dict[str, Container] = {module.NAME: module for module in MODULES}
+DTYPES = (*hf.FLOATS, "F8_E4M3", "F8_E8M0", "I64", "I32", "I8", "U32", "U8")
+
+
+def save(
+    folder: str | os.PathLike,
+    model: Decoder,
+    tokenizer: Tokenizer | None = None,
+    *,
+    container: str,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write a model for the tools that read `container`; the packed layers keep their values.
+
+    Args:
+        folder: made if need be; a checkpoint that lies there is replaced, at the very end.
+        container: a name in CONTAINERS.
+        dtype: of the tensors that are not quantized; by default they stay as they are.
+        max_shard_bytes: start a new file once one would hold more bytes of tensors than this.
+
+    Raises ValueError, naming the layer and the containers that can hold it, before anything is
+    written.
+    """
+    linears = {n: None for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    packed = {
+        name: _fitting(container, name, module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, QLinear)
+    }
+    layout = CONTAINERS[container]
+    tensors = dict(_dense(model, dtype))
+    for name, q in packed.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layout.store(q).items()}
+    settings = layout.describe({**linears, **{name: q.format for name, q in packed.items()}})
+    hf.save_checkpoint(
+        folder, model.config, tensors, tokenizer,
+        max_shard_bytes=max_shard_bytes, settings=settings,
+    )  # fmt: skip
+
+
+def save_dense(
+    folder: str | os.PathLike,
+    model: Decoder,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write an ordinary checkpoint: quantized layers become the dense weights that they stand for.
+
+    Arguments as for `save`; a dequantized weight is float32 unless `dtype` says otherwise.
+    """
+    tensors = dict(_dense(model, dtype))
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear):
+            weight = module.weight.dequantize()
+            tensors[f"{name}.weight"] = weight if dtype is None else weight.to(dtype)
+    hf.save_checkpoint(folder, model.config, tensors, tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def _dense(model: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are not quantized, once each."""
+    packed = {name for name, module in model.named_modules() if isinstance(module, QLinear)}
+    for name, tensor in model.state_dict().items():
+        layer, _, part = name.rpartition(".")
+        if (layer not in packed or part == "bias") and hf.is_weight(name, model.config):
+            yield name, tensor if dtype is None else tensor.to(dtype)
+
+
+def _fitting(container: str, name: str, q: QTensor) -> QTensor:
+    """The weight in a form that the container holds: as it is, or a block of ggml as a Scheme."""
+    for one in (q, to_scheme(q)):
+        if one is not None and CONTAINERS[container].refusal(one.format, one.shape) is None:
+            return one
+    why = CONTAINERS[container].refusal(q.format, q.shape)
+    able = [n for n, one in CONTAINERS.items() if one.refusal(q.format, q.shape) is None]
+    others = f"it fits {', '.join(able)}" if able else "container='qlib' holds every format"
+    raise ValueError(f"{name} {list(q.shape)}: {container} cannot hold {q.format}: {why}; {others}")
+
+
+def load(
+    folder: str | os.PathLike, dtype: torch.dtype = torch.float32
+) -> tuple[Decoder, Tokenizer]:
+    """Read a quantized Llama or Qwen2 checkpoint and its tokenizer; packed layers become QLinear.
+
+    Args:
+        dtype: of the parameters that are not quantized. A quantized embedding becomes dense.
+
+    Raises FormatError if a file is missing or malformed, or holds what is not understood here.
+    """
+    folder = Path(folder)
+    name = hf.container_of(folder)
+    if name not in CONTAINERS:
+        known = ", ".join(map(repr, CONTAINERS))
+        raise FormatError(
+            folder / "config.json", "quant_method", f"{name!r:.40}; need one of {known}"
+        )
+    config = hf.read_config(folder, container=name)
+    settings = _settings(folder, name)
+    tensors = hf.Tensors(folder, DTYPES)
+    left = {key for key in tensors.shapes if hf.is_weight(key, config)}
+    packed: dict[str, QTensor] = {}
+    dense: dict[str, Tensor] = {}
+    for key, shape in parameter_shapes(config):
+        stored = Stored(tensors, key.rpartition(".")[0], shape)
+        q = None
+        if key.endswith(".weight") and len(shape) == 2:
+            q = CONTAINERS[name].read(stored, settings)
+        if q is None:
+            dense[key] = stored.take(key.rpartition(".")[2], hf.FLOATS, shape).to(dtype)
+        else:
+            native.check_values(folder, stored.name, q.format, q.parts, q.shape)
+            packed[stored.name] = q
+        left -= stored.taken
+    if left:
+        message = f"is not part of a {config.model_type} decoder of this config"
+        raise FormatError(folder, min(left), message)
+    return _assemble(config, packed, dense, dtype), hf.read_tokenizer(folder, config)
+
+
+def _settings(folder: Path, container: str) -> Settings:
+    field = "quantization" if container == "mlx" else "quantization_config"
+    raw = hf.read_json(folder / "config.json")
+    return Settings(folder / "config.json", field, raw.get(field))
+
+
+def _assemble(config, packed: dict[str, QTensor], dense, dtype: torch.dtype) -> Decoder:
+    model = empty_decoder(config)
+    for name, q in packed.items():
+        if isinstance(model.get_submodule(name), nn.Linear):
+            replace_layer(model, name, QLinear(q, dense.get(f"{name}.bias")))
+        else:
+            dense[f"{name}.weight"] = q.dequantize().to(dtype)
+    loaded = model.load_state_dict(dense, assign=True, strict=False)
+    assert not loaded.unexpected_keys
+    return model.eval().requires_grad_(False)
