@@ -1,6 +1,6 @@
 """Bits per Weight: quantize language models, and count every bit."""
 
-from . import label, methods
+from . import allocate, label, lora, methods, plan
 from .block import Stats
 from .calibrate import Calibration
 from .errors import FormatError
@@ -17,5 +17,5 @@ from .zoo import load, save
 __version__ = "0.1.0"
 
 __all__ = ["Calibration", "FormatError", "Protocol", "QLinear", "QTensor", "Recipe", "Reference"]
-__all__ += ["Scheme", "Stats", "divergence", "format", "formats", "label", "load", "methods"]
-__all__ += ["perplexity", "quantize", "quantize_model", "save", "texts"]
+__all__ += ["Scheme", "Stats", "allocate", "divergence", "format", "formats", "label", "load"]
+__all__ += ["lora", "methods", "perplexity", "plan", "quantize", "quantize_model", "save", "texts"]

@@ -63,6 +63,8 @@ def allocate(model: nn.Module, bpw: float, damage: Mapping[str, Mapping[str, flo
 
     Raises ValueError if even the smallest formats take more.
     """
+    if not damage:
+        raise ValueError("damage names no layer: measure it with qlib.allocate.damage")
     layers = decoder_linears(model)
     formats = list(next(iter(damage.values())))
     shapes = [tuple(layers[name].weight.shape) for name in damage]

@@ -16,8 +16,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .block import Block, Call, Stats
+from .protocol import encoded
 from .structure import decoder_blocks
-from .texts import texts
 
 __all__ = ["Block", "Calibration", "Call", "Stats", "calibrated_blocks"]
 
@@ -50,7 +50,7 @@ class Calibration:
         Every window starts with the tokenizer's BOS, as it does when quality is measured. Raises
         ValueError if the text has fewer tokens than asked for.
         """
-        ids = tokenizer.encode(texts(text))
+        ids = encoded(tokenizer, text)
         if tokens is not None and len(ids) < tokens:
             raise ValueError(f"text {text!r} has {len(ids):,} tokens, {tokens:,} were asked for")
         return cls.of(torch.tensor(ids[:tokens]), context, tokenizer.bos_id)

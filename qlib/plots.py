@@ -93,8 +93,11 @@ def _inline(svg: str, alt: str) -> str:
     body = svg[opening.end() :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
     body = re.sub(r"font-family: ?[^;\"]*;? ?", "", body)
+    # Coordinates need no more than hundredths; numbers that are read stay as they are.
     body = re.sub(
-        r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), body
+        r"(>[^<]*</text>)|(\d+\.\d{3,})",
+        lambda found: found[1] or f"{float(found[2]):.2f}".rstrip("0").rstrip("."),
+        body,
     )
     body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><")
     for color, page in _PAGE.items():

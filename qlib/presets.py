@@ -145,7 +145,7 @@ def format(name: str) -> Format:
     for pattern, make in FAMILIES.items():
         if match := re.fullmatch(pattern, name):
             return make(*match.groups())
-    near = difflib.get_close_matches(name, formats(), n=3, cutoff=0.3)
+    near = difflib.get_close_matches(name.lower(), formats(), n=3, cutoff=0.3)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise ValueError(f"unknown format {name!r}: {hint}qlib.formats() lists the names")
 

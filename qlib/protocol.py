@@ -12,6 +12,17 @@ from torch import Tensor
 from .texts import texts
 
 
+def encoded(tokenizer, text: str) -> list[int]:
+    """The tokens of a text that `qlib.texts` knows, or of a file.
+
+    Raises TypeError if the first argument is no tokenizer.
+    """
+    if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"the tokenizer comes first, then the text; got a {kind}")
+    return tokenizer.encode(texts(text))
+
+
 @dataclass(frozen=True, eq=False)
 class Protocol:
     """Everything besides the model that decides a perplexity.
@@ -48,7 +59,7 @@ class Protocol:
 
         Raises ValueError if the text has fewer tokens than asked for.
         """
-        ids = torch.tensor(tokenizer.encode(texts(text)))
+        ids = torch.tensor(encoded(tokenizer, text))
         if tokens is not None and len(ids) < tokens:
             raise ValueError(f"text {text!r} has {len(ids):,} tokens, {tokens:,} were asked for")
         start = tokenizer.bos_id if bos else None

@@ -173,13 +173,20 @@ def _download(repository: str) -> Path:
     return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
 
 
+def unknown_container(name: str) -> str:
+    """What to say of a container that is not there."""
+    near = difflib.get_close_matches("compressed-tensors" if name == "vllm" else name, CONTAINERS)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown container {name!r}: {hint}known are {', '.join(CONTAINERS)}"
+
+
 def save(
     model: Decoder,
     path: str | os.PathLike,
     tokenizer: Tokenizer | None = None,
     container: str | None = None,
     **options,
-) -> GgufReport | None:
+) -> GgufReport | quantized.Written | None:
     """Write a model, quantized or not, to a folder or a .gguf file that `load` reads.
 
     Args:
@@ -187,9 +194,9 @@ def save(
         path: a folder, made if need be, or a file that ends in .gguf; replaced atomically.
         tokenizer: travels with the model if given; a .gguf file needs it.
         container: the layout of the files, a name in CONTAINERS; by default the path decides.
-        options: for "gguf" those of `gguf_export.export`: mix="Q4_K_M", importance=, ...; the
-            result is its report. For the containers of other tools dtype= and max_shard_bytes=
-            (`quantized.save`).
+        options: for "gguf" those of `gguf_export.export`: mix=, which is Q4_K_M unless it is
+            said, importance=, ...; the result is its report. For the containers of other tools
+            dtype= and max_shard_bytes= (`quantized.save`).
 
     Raises ValueError, with the nearest name, for an unknown container, and where a container cannot
     hold a layer as it is, and TypeError for a model that is not our Decoder (write that one with
@@ -207,8 +214,7 @@ def save(
     if container is None:
         container = "gguf" if os.fspath(path).endswith(".gguf") else checkpoint.CONTAINER
     if container not in CONTAINERS:
-        near = difflib.get_close_matches(container, CONTAINERS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")
+        raise ValueError(unknown_container(container))
     gguf = set(options) - {"dtype", "max_shard_bytes"}
     if container != "gguf" and (gguf or (options and container == checkpoint.CONTAINER)):
         given = ", ".join(gguf or options)

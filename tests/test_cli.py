@@ -354,7 +354,7 @@ REFUSED = {
     "plan Llama-3.1-8B --mix Q4_K_M": "Llama-3.1-8B is only a published shape: give --format, "
     "without rules",
     "quantize bpw-small out --format int4 --container ggfu": "unknown container 'ggfu': did you "
-    "mean 'gguf'?",
+    f"mean 'gguf'? known are {', '.join(zoo.CONTAINERS)}",
     "quantize bpw-small no/x.gguf --mix Q4_0": "no such folder: {here}/no",
     "quantize bpw-small file --format int4": "file: this is a file; give a folder",
     "convert bpw-small folder.gguf": "folder.gguf: this is a folder; give the path of a .gguf file",
@@ -499,3 +499,15 @@ def test_a_reader_that_leaves_early_is_no_error():
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_container_refuses_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "quantize_model", None)
+    command = f"quantize bpw-small {tmp_path / 'x'} --format nf4 --container gptq".split()
+    assert cli.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "qlib: model.layers.0.self_attn.q_proj [256, 256]: gptq cannot hold nf4"
+    )
+    assert error.endswith("; it fits bitsandbytes\n")
+    assert error.count("\n") == 1

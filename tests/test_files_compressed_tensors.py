@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import raises
 
 import qlib
-from qlib import fit, grid
+from qlib import fit, grid, zoo
 from qlib.errors import FormatError
 from qlib.files import compressed_tensors as ct
 from qlib.files import quantized
@@ -171,6 +171,20 @@ def test_a_model_of_two_formats(tmp_path):
     assert (loaded(ids).logits - decoder(ids)).abs().max() < 1e-4
 
 
+def test_zero_points_in_transformers(tmp_path):
+    """It expects them unpacked and stops; once it does not, the warning can go."""
+    import transformers
+
+    with pytest.warns(UserWarning, match="transformers does .* only with"):
+        decoder = saved(tmp_path, "int4-g32-asym")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    dense = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=dense)
+    ids = torch.arange(40).view(1, -1)
+    assert (loaded.eval()(ids).logits - decoder(ids)).abs().max() < 0.05
+
+
 def test_other_dtype_and_shards(tmp_path):
     decoder = saved(tmp_path, "int4-g32", dtype=torch.float32, max_shard_bytes=20_000)
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -314,5 +328,7 @@ def test_unknown_container(tmp_path):
         FormatError, match=r"quant_method': 'quark'; need one of 'compressed-tensors'"
     ):
         qlib.load(tmp_path)
-    with raises("unknown container 'compressed': did you mean 'compressed-tensors'?"):
+    known = ", ".join(zoo.CONTAINERS)
+    hint = "did you mean 'compressed-tensors'? "
+    with raises(f"unknown container 'compressed': {hint}known are {known}"):
         qlib.save(model(), tmp_path, container="compressed")

@@ -252,3 +252,18 @@ def test_index_that_is_wrong(tmp_path):
     refuse(
         tmp_path, f"/{names[-1]}: field '{name}': this tensor is also in another shard", hf.Tensors
     )
+
+
+def test_a_name_twice_in_a_header(tmp_path):
+    """safetensors itself keeps one of the two and says nothing."""
+    hf.save_checkpoint(tmp_path, CONFIG, decoder().state_dict(), small_tokenizer())
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    name, entry = next(item for item in json.loads(header).items() if item[0] != "__metadata__")
+    again = header[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    path.write_bytes(len(again).to_bytes(8, "little") + again + content[8 + size :])
+    with pytest.raises(FormatError) as caught:
+        hf.load(tmp_path)
+    assert str(caught.value) == f"{path}: field 'header': the name {name!r} is repeated"

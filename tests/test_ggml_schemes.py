@@ -65,7 +65,8 @@ def test_what_is_no_scheme():
     assert to_blocks(qlib.quantize(torch.ones(2, 80), "int4-g32")) is None
     q = BLOCKS["ggml_mxfp4"].quantize(weight())
     q.parts["blocks"][0, 0] = 255
-    assert to_scheme(q) is None
+    with pytest.raises(ValueError, match=r"^MXFP4 \[6, 96\]: a scale of 2\^128 has no E8M0 code$"):
+        to_scheme(q)
 
 
 def test_a_file_of_blocks_keeps_them_in_other_containers(tmp_path):

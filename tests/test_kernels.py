@@ -72,7 +72,7 @@ def test_compiled_kernels_equal_the_dequantized_product(name, shape, dtype, monk
         assert error(x, q, kernels.matmul(x, flip(q))) > budget(x, q)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, "nf4-dq", "nvfp4-reciprocal"])
 def test_other_formats_are_dequantized_in_chunks(name, monkeypatch):
     monkeypatch.setattr(dequantize, "CHUNK_WEIGHTS", 7 * 77)
     q = quantized((33, 77), name)

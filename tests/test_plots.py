@@ -117,3 +117,12 @@ def test_widget_joins_the_shared_and_its_own_script(tmp_path, monkeypatch):
     assert repr(widget) == "<Bits: interactive figure>"
     assert widget._esm == (WIDGETS / "base.js").read_text() + "\nexport default { render };"
     assert widget._css == (WIDGETS / "widget.css").read_text()
+
+
+def test_numbers_of_a_figure_are_not_rounded():
+    figure, axes = plots.figure()
+    axes.set_yticks([0.035, 0.04])
+    axes.text(0.5, 0.5, "1.2345")
+    found = plots.show(figure, "alt")._repr_html_()
+    assert {"0.035", "0.040", "1.2345"} <= set(re.findall(r">([\d.]+)</text>", found))
+    assert not re.search(r"\d\.\d{3}", re.sub(r">[^<]*</text>", "", found))

@@ -103,7 +103,7 @@ def test_bad_weights(message):
     [
         ("nf9", "did you mean nf4, nf3, nvfp4? "),
         ("int9-g32", "did you mean int1-g32, int4-g128, int4-g32-asym? "),
-        ("MXFP4", ""),
+        ("MXFP4", "did you mean mxfp4, mxfp4-mse, mxfp8_e4m3? "),
         ("", ""),
     ],
 )

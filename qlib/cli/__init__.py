@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -19,14 +18,16 @@ import torch
 
 from .. import label, zoo
 from ..calibrate import Calibration
-from ..files import gguf_export
+from ..files import gguf_export, quantized
+from ..files.gguf_report import GgufReport
 from ..files.inspect import inspect_file
 from ..linear import QLinear
 from ..metrics import Perplexity, Reference, divergence, perplexity
 from ..model import Decoder
 from ..presets import format as named_format
 from ..protocol import Protocol
-from ..recipe import Recipe, quantize_model
+from ..recipe import Recipe, plan, quantize_model
+from ..report import Plan
 from ..tokenizer import Tokenizer
 from . import planning
 from .arguments import parser
@@ -100,7 +101,7 @@ def _reason(error: Exception) -> str:
 
 
 def _plan(options: argparse.Namespace) -> Answer:
-    return planning.run(options, DTYPES[options.dtype], _recipe(options))
+    return planning.run(options, DTYPES[options.dtype or "float32"], _recipe(options))
 
 
 def _recipe(options: argparse.Namespace) -> Recipe | None:
@@ -133,19 +134,31 @@ def _quantize(options: argparse.Namespace) -> Answer:
         if not options.importance.endswith(".gguf"):
             more["importance"] = _calibration(options, options.importance, tokenizer)
     if recipe is not None:
+        _check_formats(options, plan(model, recipe), to_gguf)
         looks = recipe.chosen_method().sees != "weight"
         seen = _calibration(options, options.calibration, tokenizer) if looks else None
         report = quantize_model(
             model, recipe, None, seen, progress=not options.quiet, resume=options.resume
         )
+    if options.dtype is None and not to_gguf:
+        _narrowed(model)
     written, file = _save(options, model, tokenizer, more)
     data = {} if report is None else report_data(report)
     reports = [written] if report is None else [report, written]
     return _lines(options, reports), _ends(options) | data | file
 
 
+def _check_formats(options: argparse.Namespace, planned: Plan, to_gguf: bool) -> None:
+    """Refuse before the work what the container could only refuse after it."""
+    for step in planned.steps:
+        if step.format is not None and to_gguf:
+            gguf_export.require(step.layer, step.format)
+        elif step.format is not None and options.container in quantized.CONTAINERS:
+            quantized.require(options.container, step.layer, step.format, step.shape)
+
+
 def _load(options: argparse.Namespace, name: str) -> tuple[Decoder, Tokenizer | None]:
-    dtype = DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype or "float32"]
     model, tokenizer = zoo.load(name, dtype)
     # A folder of qlib's own keeps the dtypes that it was written with.
     return model.to(dtype), tokenizer
@@ -168,8 +181,7 @@ def _check_out(options: argparse.Namespace) -> bool:
     """Whether OUT will be a GGUF file; what could only fail after the work is refused before it."""
     out, container = Path(options.out), options.container
     if container is not None and container not in zoo.CONTAINERS:
-        near = difflib.get_close_matches(container, zoo.CONTAINERS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown container {container!r}: did you mean {near[0]!r}?")
+        raise ValueError(zoo.unknown_container(container))
     if out.exists() and Path(options.model).exists() and out.samefile(options.model):
         raise ValueError(f"{out}: this is the model itself; choose another place for the result")
     to_gguf = container == "gguf" or (container is None and options.out.endswith(".gguf"))
@@ -184,12 +196,15 @@ def _check_out(options: argparse.Namespace) -> bool:
 def _save(options: argparse.Namespace, model: Decoder, tokenizer: Tokenizer | None, more: dict):
     """Write the model; what to say of it, as text and as data."""
     written = zoo.save(model, options.out, tokenizer, options.container, **more)
-    if written is not None:
+    if isinstance(written, GgufReport):
         return written, {"file": report_data(written)}
     files = [path for path in Path(options.out).glob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     text = f"written to {options.out}: {total:,} bytes in {len(files)} files"
-    return text, {"file": {"bytes": total}}
+    if written is None:
+        return text, {"file": {"bytes": total}}
+    stored = {"container": written.container, "quantized_bits_per_weight": written.bits_per_weight}
+    return f"{text}\n{written}", {"file": {"bytes": total} | stored}
 
 
 def _lines(options: argparse.Namespace, reports: list) -> str:
@@ -214,7 +229,8 @@ def _convert(options: argparse.Namespace) -> Answer:
     written, file = _save(options, model, tokenizer, more)
     packed = sum(isinstance(module, QLinear) for module in model.modules())
     dense, name = len(list(model.parameters())), str(dtype).removeprefix("torch.")
-    exact = f"{packed} packed layers kept their bytes, {dense} tensors their values in {name}"
+    kept = "were decoded exactly to float32" if options.container == "hf" else "kept their values"
+    exact = f"{packed} packed layers {kept}, {dense} tensors kept theirs in {name}"
     data = {"packed": packed, "dense": dense, "dtype": name}
     return _lines(options, [exact, written]), _ends(options) | data | file
 

@@ -73,8 +73,8 @@ def _recipe(command: argparse.ArgumentParser) -> None:
 
 def _dtype(command: argparse.ArgumentParser) -> None:
     known = ("float32", "bfloat16", "float16")
-    about = "type of what is loaded and not quantized (default: float32)"
-    command.add_argument("--dtype", choices=known, default=known[0], help=about)
+    about = "type of what is not quantized (default: float32, written as narrowly as is exact)"
+    command.add_argument("--dtype", choices=known, help=about)
 
 
 def _quantize(command: argparse.ArgumentParser) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import fnmatch
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,10 @@ def run(options: argparse.Namespace, dtype: torch.dtype, recipe: Recipe | None) 
     """
     if options.model in SHAPES:
         return _on_paper(options)
+    near = difflib.get_close_matches(options.model.lower(), map(str.lower, SHAPES), 1, 0.7)
+    if near and not Path(options.model).exists() and options.model not in zoo.NAMES:
+        name = next(name for name in SHAPES if name.lower() == near[0])
+        raise ValueError(f"unknown model or shape {options.model!r}: did you mean {name!r}?")
     model = zoo.load(options.model, dtype)[0].to(dtype)
     return _mixed(options, model) if recipe is None else _planned(options, model, recipe)
 

@@ -24,6 +24,7 @@ from ..pack import pack, unpack
 from ..qtensor import Format, QTensor
 from ..scheme import Scheme
 from . import gptq, hf
+from .integers import is_integer, stream, words
 from .stored import Settings, Stored
 
 NAME = "awq"
@@ -38,7 +39,7 @@ LAYOUT_NAMES = ("version", "format", "checkpoint_format")
 
 def refusal(format: Format, shape: tuple[int, ...]) -> str | None:
     """Why a weight of this format and shape cannot be stored as it is, or None."""
-    if not isinstance(format, Scheme) or not gptq.is_integer(format) or format.grid.bits != BITS:
+    if not isinstance(format, Scheme) or not is_integer(format) or format.grid.bits != BITS:
         return "it holds int4, symmetric or with integer zero points"
     return gptq.refused_scale(format) or _unpackable(shape, gptq.group_of(format, shape[1]))
 
@@ -62,12 +63,12 @@ def store(q: QTensor) -> dict[str, Tensor]:
 
 def interleave(codes: Int[Tensor, "rows out"]) -> Int[Tensor, "rows words"]:
     """Codes of 4 bits in words of 8 outputs."""
-    return gptq.words(pack(codes.unflatten(1, (-1, 8))[:, :, ORDER].flatten(1), BITS))
+    return words(pack(codes.unflatten(1, (-1, 8))[:, :, ORDER].flatten(1), BITS))
 
 
 def deinterleave(packed: Int[Tensor, "rows words"]) -> Int[Tensor, "rows out"]:
     """The codes that `interleave` packed."""
-    codes = unpack(gptq.stream(packed), BITS, 8 * packed.shape[1])
+    codes = unpack(stream(packed), BITS, 8 * packed.shape[1])
     return codes.unflatten(1, (-1, 8))[:, :, torch.tensor(ORDER).argsort()].flatten(1)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..presets import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4_RECIPROCAL
 from ..presets import NVFP4 as NVFP4_DIRECT
 from ..qtensor import Format, QTensor
 from ..scheme import Scheme
+from .integers import is_integer, stream, words
 from .stored import Settings, Stored
 
 NAME = "compressed-tensors"
@@ -44,6 +46,10 @@ MX = {
 NVFP4 = "nvfp4-pack-quantized"
 # Whose decoders in compressed-tensors return bfloat16, whatever the rest of the model is.
 BFLOAT16 = (NVFP4, *MX)
+ASYMMETRIC = (
+    "vLLM reads zero points; transformers does (5.23, compressed-tensors 0.20) only with "
+    "CompressedTensorsConfig(dequantize=True), and if all layers share one format"
+)
 # What concerns activations only; weights do not depend on it.
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_zero_point")
 
@@ -60,14 +66,7 @@ def layout_of(format: Format) -> str | None:
     plain = format.scale in FLOATS.values()
     if plain and format.grid == grid.E4M3 and format.block in ("row", "tensor"):
         return "float-quantized"
-    return "pack-quantized" if plain and _is_integer(format) and format.block != "tensor" else None
-
-
-def _is_integer(format: Scheme) -> bool:
-    bits = format.grid.bits
-    if format.offset is None:
-        return bits > 1 and format.grid == grid.int_grid(bits)
-    return format.grid == format.offset == grid.int_grid(bits, signed=False)
+    return "pack-quantized" if plain and is_integer(format) and format.block != "tensor" else None
 
 
 def refusal(format: Format, shape: tuple[int, ...]) -> str | None:
@@ -110,17 +109,6 @@ def store(q: QTensor) -> dict[str, Tensor]:
     return stored
 
 
-def words(packed: Tensor) -> Tensor:
-    """Rows of bytes as int32, the last one filled up with zeros."""
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
-    return padded.flatten().view(torch.int32).view(len(packed), -1)
-
-
-def unworded(words: Tensor, size: int) -> Tensor:
-    """The first `size` bytes of every row of int32."""
-    return words.flatten().view(torch.uint8).view(len(words), -1)[:, :size].contiguous()
-
-
 def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
     """Entries of config.json: one group of layers for each format."""
     groups: dict[str, dict[str, Any]] = {}
@@ -130,6 +118,8 @@ def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
             group["targets"].append(name)
     if len(groups) == 1:
         next(iter(groups.values()))["targets"] = ["Linear"]
+    if not all(group["weights"]["symmetric"] for group in groups.values()):
+        warnings.warn(ASYMMETRIC, stacklevel=2)
     layouts = {group["format"] for group in groups.values()}
     # A tied head has no layer of its own here, and has one in transformers.
     tied = [] if "lm_head" in formats else ["lm_head"]
@@ -205,13 +195,13 @@ def _read_integers(stored: Stored, weights: Settings, layout: str) -> QTensor:
     if tuple(size.tolist()) != stored.shape:
         raise stored.error("weight_shape", f"is {size.tolist()}; need {list(stored.shape)}")
     scale = stored.take("weight_scale", FLOATS, (out, groups))
-    codes = unworded(packed, math.ceil(inner * bits / 8))
+    codes = stream(packed, math.ceil(inner * bits / 8))
     parts = {"codes": codes, "scale": scale}
     levels = grid.int_grid(bits, signed)
     if signed:
         return QTensor(Scheme(levels, block, fit.absmax, scale.dtype), stored.shape, parts)
     shape = (math.ceil(out * bits / 32), groups)
-    zeros = unworded(stored.take("weight_zero_point", "I32", shape).T, math.ceil(out * bits / 8))
+    zeros = stream(stored.take("weight_zero_point", "I32", shape).T, math.ceil(out * bits / 8))
     zeros = unpack(zeros, bits, out)
     parts["zero_point"] = pack(zeros.T.contiguous(), bits)
     format = Scheme(levels, block, fit.minmax, scale.dtype, offset=levels)

@@ -21,10 +21,10 @@ from torch import Tensor
 from .. import ggml
 from ..calibrate import Calibration
 from ..ggml import mixes
-from ..ggml.schemes import to_blocks
+from ..ggml.schemes import block_of, to_blocks
 from ..model import Config, Decoder, frequency_factors
 from ..progress import bar
-from ..qtensor import QTensor
+from ..qtensor import Format, QTensor
 from ..tokenizer import Tokenizer
 from . import gguf_tokenizer, gguf_write
 from .assemble import parameter_shapes
@@ -198,17 +198,22 @@ def named_weights(model: Decoder) -> Iterator[tuple[str, Weight]]:
         weight = getattr(module, which)
         if isinstance(weight, QTensor):
             weight = to_blocks(weight) or weight
-        if isinstance(weight, QTensor) and weight.format not in FORMATS.values():
-            raise ValueError(
-                f"{layer}: a GGUF file cannot hold its format ({weight.format}); quantize it to "
-                f"one of {', '.join(NAMES)}, or keep it with qlib.save"
-            )
+            require(layer, weight.format)
         yield gguf_name(name), weight
     if model.config.rope_scaling is not None:
         if model.config.model_type != "llama":
             message = f"llama.cpp scales no rotary positions of a {model.config.model_type}"
             raise ValueError(f"{message}; qlib.save(model, folder, tokenizer) keeps them")
         yield ROPE_FACTORS, frequency_factors(model.config)
+
+
+def require(layer: str, format: Format) -> None:
+    """Raise ValueError if a GGUF file cannot hold a layer of this format as it is."""
+    if format not in FORMATS.values() and block_of(format) is None:
+        raise ValueError(
+            f"{layer}: a GGUF file cannot hold its format ({format}); quantize it to "
+            f"one of {', '.join(NAMES)}, or keep it with qlib.save"
+        )
 
 
 def _choose(

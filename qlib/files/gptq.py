@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 from torch import Tensor
 
 from .. import fit, grid
@@ -30,6 +30,7 @@ from ..qtensor import Format, QTensor
 from ..reordered import Reordered
 from ..scheme import Scheme
 from . import hf
+from .integers import is_integer, stream, words
 from .stored import Settings, Stored
 
 NAME = "gptq"
@@ -51,14 +52,6 @@ def refusal(format: Format, shape: tuple[int, ...]) -> str | None:
 def _scheme(format: Format) -> Scheme | None:
     scheme = format.scheme if isinstance(format, Reordered) else format
     return scheme if isinstance(scheme, Scheme) and is_integer(scheme) else None
-
-
-def is_integer(scheme: Scheme) -> bool:
-    """Whether its codes are integers, either signed or with an integer zero point."""
-    bits = scheme.grid.bits
-    if scheme.offset is None:
-        return 1 < bits <= 8 and scheme.grid == grid.int_grid(bits)
-    return scheme.grid == scheme.offset == grid.int_grid(bits, signed=False)
 
 
 def refused_scale(scheme: Scheme) -> str | None:
@@ -112,16 +105,6 @@ def zero_points(q: QTensor, scheme: Scheme) -> Int[Tensor, "groups out"]:
 def group_of(scheme: Scheme, inner: int) -> int:
     """The inputs that share a scale."""
     return inner if scheme.block == "row" else scheme.block
-
-
-def words(packed: Tensor) -> Int[Tensor, "rows words"]:
-    """Rows of bytes, a multiple of four each, as little-endian int32."""
-    return packed.reshape(-1).clone().view(torch.int32).view(len(packed), -1)
-
-
-def stream(words: Int[Tensor, "rows words"]) -> UInt8[Tensor, "rows bytes"]:
-    """The bytes of each row of `words`."""
-    return words.reshape(-1).view(torch.uint8).view(len(words), -1)
 
 
 def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:

@@ -166,7 +166,11 @@ class Tensors:
         try:
             file = safe_open(path, framework="pt")
             names = file.keys()
-        except (SafetensorError, OSError) as error:
+            # Of a repeated name safetensors silently keeps one.
+            with open(path, "rb") as opened:
+                header = opened.read(int.from_bytes(opened.read(8), "little"))
+            json.loads(header, object_pairs_hook=_no_repeats)
+        except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(path, "header", str(error)) from error
         for name in names:
             if name in self._files:

@@ -6,18 +6,21 @@ config.json. How one weight lies in a container stands in the container's own fi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..ggml.schemes import to_scheme
+from ..ggml import BlockFormat
+from ..ggml.schemes import block_of, scheme_of, to_scheme
 from ..linear import QLinear, replace_layer
 from ..model import Decoder
-from ..qtensor import QTensor
+from ..qtensor import Format, QTensor
 from ..tokenizer import Tokenizer
 from . import awq, bnb, compressed_tensors, gptq, hf, mlx, native
 from .assemble import empty_decoder, parameter_shapes
@@ -28,6 +31,25 @@ CONTAINERS: dict[str, Container] = {module.NAME: module for module in MODULES}
 DTYPES = (*hf.FLOATS, "F8_E4M3", "F8_E8M0", "I64", "I32", "I8", "U32", "U8")
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was stored of the quantized layers, whatever bits the formats have by themselves."""
+
+    container: str
+    layers: int
+    nbytes: int
+    weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * bytes of the layers' tensors / weights."""
+        return 8 * self.nbytes / max(1, self.weights)
+
+    def __str__(self) -> str:
+        bits = f"{self.bits_per_weight:.3f} bits per weight"
+        return f"{self.layers} layers stored as {self.container}: {bits}"
+
+
 def save(
     folder: str | os.PathLike,
     model: Decoder,
@@ -36,7 +58,7 @@ def save(
     container: str,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
-) -> None:
+) -> Written:
     """Write a model for the tools that read `container`; the packed layers keep their values.
 
     Args:
@@ -56,13 +78,15 @@ def save(
     }
     layout = CONTAINERS[container]
     tensors = dict(_dense(model, dtype))
-    for name, q in packed.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in layout.store(q).items()}
+    stored = {f"{n}.{part}": t for n, q in packed.items() for part, t in layout.store(q).items()}
+    tensors |= stored
     settings = layout.describe({**linears, **{name: q.format for name, q in packed.items()}})
     hf.save_checkpoint(
         folder, model.config, tensors, tokenizer,
         max_shard_bytes=max_shard_bytes, settings=settings,
     )  # fmt: skip
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    return Written(container, len(packed), nbytes, sum(math.prod(q.shape) for q in packed.values()))
 
 
 def save_dense(
@@ -94,15 +118,29 @@ def _dense(model: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Ten
             yield name, tensor if dtype is None else tensor.to(dtype)
 
 
-def _fitting(container: str, name: str, q: QTensor) -> QTensor:
-    """The weight in a form that the container holds: as it is, or a block of ggml as a Scheme."""
-    for one in (q, to_scheme(q)):
-        if one is not None and CONTAINERS[container].refusal(one.format, one.shape) is None:
-            return one
-    why = CONTAINERS[container].refusal(q.format, q.shape)
-    able = [n for n, one in CONTAINERS.items() if one.refusal(q.format, q.shape) is None]
-    others = f"it fits {', '.join(able)}" if able else "container='qlib' holds every format"
-    raise ValueError(f"{name} {list(q.shape)}: {container} cannot hold {q.format}: {why}; {others}")
+def require(container: str, layer: str, format: Format, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, naming containers that would do, if `container` cannot hold a weight.
+
+    A block format of ggml that is a Scheme in other bytes counts as that Scheme.
+    """
+    forms = [form for form in (format, scheme_of(format)) if form is not None]
+
+    def refusals(one: Container) -> list[str | None]:
+        return [one.refusal(form, shape) for form in forms]
+
+    whys = refusals(CONTAINERS[container])
+    if None not in whys:
+        able = [name for name, one in CONTAINERS.items() if None in refusals(one)]
+        block = format if isinstance(format, BlockFormat) else block_of(format)
+        able += ["gguf"] * (block is not None and shape[-1] % block.kind.block == 0)
+        others = f"it fits {', '.join(able)}" if able else "container='qlib' holds every format"
+        message = f"{container} cannot hold {format}: {whys[0]}; {others}"
+        raise ValueError(f"{layer} {list(shape)}: {message}")
+
+
+def _fitting(container: str, layer: str, q: QTensor) -> QTensor:
+    require(container, layer, q.format, q.shape)
+    return q if CONTAINERS[container].refusal(q.format, q.shape) is None else to_scheme(q)
 
 
 def load(

@@ -15,6 +15,7 @@ from ..pack import pack, unpack
 from ..qtensor import QTensor
 from ..scheme import Scheme
 from . import fp4, legacy
+from .block import BlockFormat
 
 SCHEMES = {
     "q4_0": Scheme(grid.int_grid(4), 32, fit.absmax_signed),
@@ -27,17 +28,31 @@ SCHEMES = {
 BLOCKS = legacy.FORMATS | fp4.FORMATS
 
 
+def scheme_of(format: object) -> Scheme | None:
+    """The Scheme that a block format is, if it is one."""
+    return next((scheme for name, scheme in SCHEMES.items() if BLOCKS[name] == format), None)
+
+
+def block_of(format: object) -> BlockFormat | None:
+    """The block format that a Scheme is, if it is one, for rows of whole blocks."""
+    return next((BLOCKS[n] for n, scheme in SCHEMES.items() if _same(scheme, format)), None)
+
+
 def to_scheme(q: QTensor) -> QTensor | None:
-    """The same weight as a QTensor of a Scheme, or None if its blocks are no Scheme."""
-    name = next((name for name in SCHEMES if BLOCKS[name] == q.format), None)
-    if name is None:
+    """The same weight as a QTensor of a Scheme, or None if its blocks are no Scheme.
+
+    Raises ValueError for a block of MXFP4 whose scale, 2^128, only ggml knows.
+    """
+    scheme = scheme_of(q.format)
+    if scheme is None:
         return None
-    scheme, raw = SCHEMES[name], q.parts["blocks"].cpu().numpy().reshape(-1, q.format.kind.size)
+    name = next(name for name in SCHEMES if SCHEMES[name] is scheme)
+    raw = q.parts["blocks"].cpu().numpy().reshape(-1, q.format.kind.size)
     heads = {"scale": raw[:, :1] if name == "ggml_mxfp4" else raw[:, :2].view("<f2")}
     if scheme.offset is not None:
         heads["offset"] = raw[:, 2:4].view("<f2")
     if scheme.scale is grid.E8M0 and (raw[:, 0] == 255).any():
-        return None
+        raise ValueError(f"{q.format} {list(q.shape)}: a scale of 2^128 has no E8M0 code")
     rows, groups = q.shape[0], q.shape[1] // 32
     parts = {part: torch.from_numpy(x.reshape(rows, groups).copy()) for part, x in heads.items()}
     codes = torch.from_numpy(_codes(name, raw)).view(rows, -1)
