@@ -10,8 +10,10 @@ allocates much more than the folder has. `--start N --count 1` runs input N agai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
 import resource
 import shutil
 import struct
@@ -159,6 +161,7 @@ def check(path: Path, folder: Folder) -> str:
     path.mkdir()
     for name, content in folder.items():
         (path / name).write_bytes(content)
+    _forget_peak()
     start, memory = time.process_time(), _megabytes()
     try:
         model = qlib.load(path)[0]
@@ -178,7 +181,17 @@ def check(path: Path, folder: Folder) -> str:
 
 
 def _megabytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """The largest memory of the process since `_forget_peak`, or since it began."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) // 1024
+
+
+def _forget_peak() -> None:
+    # What earlier work needed would hide what this folder makes the loader take.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def plain(folder: Folder) -> dict[str, bytes]:
