@@ -43,7 +43,8 @@ class Divergence:
     """How far a model's predictions are from a reference's on the same tokens.
 
     `kl` is the mean KL(reference || model) in nats, `kl_99` its 99th percentile over tokens,
-    `top1` the share of tokens whose most likely prediction agrees; errors from block means.
+    `top1` the share of tokens whose most likely prediction agrees; errors from block means. That of
+    the ratio of perplexities is of token by token differences, which are less noisy.
     """
 
     kl: float
@@ -53,13 +54,18 @@ class Divergence:
     top1_error: float
     perplexity: Perplexity
     reference_perplexity: Perplexity
+    ratio_error: float
+
+    @property
+    def ratio(self) -> float:
+        """The model's perplexity over the reference's."""
+        return self.perplexity.value / self.reference_perplexity.value
 
     def __str__(self) -> str:
-        ratio = self.perplexity.value / self.reference_perplexity.value
         return (
             f"KL {self.kl:.3g} ± {self.standard_error:.1g} nats, 99% {self.kl_99:.3g}, top-1 "
-            f"{self.top1:.1%} ± {self.top1_error:.1%}, perplexity ratio {ratio:.4g} "
-            f"({self.perplexity.protocol})"
+            f"{self.top1:.1%} ± {self.top1_error:.1%}, perplexity ratio {self.ratio:.4g} ± "
+            f"{self.ratio_error:.1g} ({self.perplexity.protocol})"
         )
 
     __repr__ = __str__
@@ -110,15 +116,11 @@ def divergence(
     scores = token_scores(reference, model, protocol)
     kl, kl_error = mean_and_error(scores.kl)
     top1, top1_error = mean_and_error(scores.agree)
-    return Divergence(
-        kl,
-        kl_error,
-        scores.kl.quantile(0.99).item(),
-        top1,
-        top1_error,
-        _perplexity(scores.nll, protocol),
-        _perplexity(scores.reference_nll, protocol),
-    )
+    ours, theirs = (_perplexity(x, protocol) for x in (scores.nll, scores.reference_nll))
+    # exp of a mean difference, whose error is relative.
+    ratio_error = ours.value / theirs.value * mean_and_error(scores.nll - scores.reference_nll)[1]
+    tail = scores.kl.quantile(0.99).item()
+    return Divergence(kl, kl_error, tail, top1, top1_error, ours, theirs, ratio_error)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from qlib import metrics
-from qlib.metrics import Protocol, Reference, divergence, perplexity, token_scores
+from qlib.metrics import Protocol, Reference, divergence, mean_and_error, perplexity, token_scores
 from qlib.model import Config, Decoder
 
 VOCAB, BOS = 61, 1
@@ -223,11 +224,26 @@ def test_huggingface_and_own_decoder_agree():
 
 def test_divergence_prints_its_protocol_and_error():
     perplexities = [metrics.Perplexity(x, 1.0, PROTOCOLS["bos"]) for x in (12.0, 10.0)]
-    result = metrics.Divergence(0.1234, 0.0056, 1.5, 0.875, 0.01, *perplexities)
+    result = metrics.Divergence(0.1234, 0.0056, 1.5, 0.875, 0.01, *perplexities, 0.0213)
     assert str(result) == (
-        "KL 0.123 ± 0.006 nats, 99% 1.5, top-1 87.5% ± 1.0%, perplexity ratio 1.2 "
+        "KL 0.123 ± 0.006 nats, 99% 1.5, top-1 87.5% ± 1.0%, perplexity ratio 1.2 ± 0.02 "
         "(t, 50 tokens, context 16, stride 16, BOS)"
     )
+
+
+def test_error_of_the_ratio_is_that_of_paired_tokens():
+    """The logarithm of the ratio is a mean over tokens; halves of it agree with its error."""
+    model = tiny_llama()
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    protocol = Protocol("t", random_tokens(6 * metrics.ERROR_BLOCK), 16, 16)
+    result, scores = divergence(model, other, protocol), token_scores(model, other, protocol)
+    mean, error = mean_and_error(scores.nll - scores.reference_nll)
+    assert result.ratio == pytest.approx(math.exp(mean), rel=1e-5)
+    assert result.ratio_error == pytest.approx(result.ratio * error, rel=1e-5)
+    alone = [mean_and_error(x)[1] for x in (scores.nll, scores.reference_nll)]
+    assert result.ratio_error < result.ratio * sum(alone)
 
 
 # -- memory ---------------------------------------------------------------------------------------
