@@ -422,3 +422,12 @@ def test_int8_files_that_lie(tmp_path):
     cm.refused(folder, f": field '{LAYER}.SCB': is F16 [64]; a weight [64, 64] needs F32 [64]")
     cm.change_tensors(folder, SCB=None)
     cm.refused(folder, f": field '{LAYER}.SCB': this tensor is missing")
+
+
+def test_values_that_do_not_fit_name_their_layer(tmp_path):
+    scheme = Scheme(grid.int_grid(8), "row", fit.absmax, torch.float32)
+    model = qlib.load("bpw-small")[0]
+    qlib.quantize_model(model, scheme, progress=False)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj: int8, block row"):
+        qlib.save(model, tmp_path / "x", container="bitsandbytes")
+    assert not (tmp_path / "x").exists()

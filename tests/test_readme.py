@@ -8,7 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import qlib
 from qlib import cli
 from qlib.cli.arguments import parser
 
@@ -16,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def example() -> str:
-    return re.search(r"```python\n(.*?)```", README, re.S)[1]
+def example(number: int = 0) -> str:
+    return re.findall(r"```python\n(.*?)```", README, re.S)[number]
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
@@ -29,6 +31,15 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert re.search(r"method +gptq\n +calibration +4,096 tokens", printed)
     assert re.search(r"KL 0\.0\d+ ± ", printed)
     assert (tmp_path / "out/small-int4" / "model.safetensors").is_file()
+
+
+def test_the_second_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "qlib": qlib}
+    exec(compile(example(1), "README.md", "exec"), names)
+    assert names["report"].bits_per_weight <= 5.0
+    assert names["losses"][-1] < names["losses"][0]
+    assert (tmp_path / "out/adapter" / "adapter_config.json").is_file()
 
 
 def test_a_wrong_format_name_in_the_example_would_be_noticed(tmp_path, monkeypatch):

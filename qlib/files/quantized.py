@@ -78,7 +78,13 @@ def save(
     }
     layout = CONTAINERS[container]
     tensors = dict(_dense(model, dtype))
-    stored = {f"{n}.{part}": t for n, q in packed.items() for part, t in layout.store(q).items()}
+    stored: dict[str, Tensor] = {}
+    for name, q in packed.items():
+        try:
+            stored |= {f"{name}.{part}": tensor for part, tensor in layout.store(q).items()}
+        # Some values do not fit although their format does, such as a bias too large for float16.
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     tensors |= stored
     settings = layout.describe({**linears, **{name: q.format for name, q in packed.items()}})
     hf.save_checkpoint(
