@@ -76,7 +76,7 @@ ORDER = {
     "qlib.files.bnb": 240,
     "qlib.files.mlx": 150,
     "qlib.files.gpt_oss": 110,
-    "qlib.files.quantized": 205,
+    "qlib.files.quantized": 215,
     "qlib.files.gguf_llama": 300,
     "qlib.files.gguf_tokenizer": 120,
     "qlib.files.gguf_report": 80,
