@@ -252,13 +252,14 @@ def test_missing_or_changed_package(tmp_path, monkeypatch):
 
 
 def test_downloads_ask_the_hub_for_the_right_files(tmp_path, monkeypatch):
-    import huggingface_hub
+    # Looked up now: it is imported at first use, which the stand-in would prevent.
+    from huggingface_hub import snapshot_download as real
 
     calls = []
 
     def snapshot_download(*args, **kwargs):
         # The real function must accept what ours is given.
-        inspect.signature(huggingface_hub.snapshot_download).bind(*args, **kwargs)
+        inspect.signature(real).bind(*args, **kwargs)
         calls.append((args, kwargs["revision"]))
         return str(tiny(tmp_path))
 
