@@ -25,6 +25,13 @@ def gemm(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
     return torch.cat([x @ piece.dequantize().to(x.dtype).T for piece in pieces], dim=1)
 
 
+def input_gradient(gradient: Float[Tensor, "*batch out"], q: QTensor) -> Float[Tensor, "*batch in"]:
+    """`gradient @ q.dequantize()`: what `x` in `x @ q.dequantize().T` gets for `gradient`."""
+    pieces = list(row_chunks(q, max(1, CHUNK_WEIGHTS // q.shape[1])))
+    gradients = gradient.split([piece.shape[0] for piece in pieces], dim=-1)
+    return sum(g @ piece.dequantize().to(g.dtype) for g, piece in zip(gradients, pieces))
+
+
 def row_chunks(q: QTensor, rows: int) -> Iterator[QTensor]:
     """`q` [out, in] as QTensors of at most `rows` rows each, views of the same bytes."""
     out, columns = q.shape

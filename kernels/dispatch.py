@@ -1,12 +1,15 @@
 """Which kernel multiplies activations by a quantized weight, and why not a faster one.
 
-The order is: Triton on a GPU, numba on a CPU, and for everything else dequantize a few rows of the
-weight at a time and leave the product to torch. All of them compute `x @ q.dequantize().T`.
+The kernels of the device that holds the activations are asked in order; what none of them takes is
+dequantized a few rows at a time, and the product left to torch. All of them compute
+`x @ q.dequantize().T`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,125 +18,217 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qlib.grid import Grid
-from qlib.qtensor import QTensor
-from qlib.scheme import Scheme
+from qlib.qtensor import Format, QTensor
+
+from . import dequantize
 
 # Up to this many rows of activations, unpacking a weight again for every row costs less than
-# writing it out once. Measured from 16 x 64 to 4096 x 4096: 4 to 8 rows break even.
-NUMBA_GEMV_ROWS = 4
+# writing it out once: `make bench` shows both.
+CPU_GEMV_ROWS = 3
+# A fallback to fewer rows is worth a warning: they are why somebody quantized.
+FEW_ROWS = 16
+DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES["gpu"] = (torch.float16, torch.bfloat16)
 
 
-def matmul(x: Float[Tensor, "*batch in"], q: QTensor) -> Float[Tensor, "*batch out"]:
+class SlowKernelWarning(UserWarning):
+    """A weight has no kernel here, so every product dequantizes it first."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A file of kernels: its name in `qlib.kernels`, the formats that it multiplies, and what of
+    this machine it lacks, or None."""
+
+    name: str
+    formats: str
+    missing: str | None
+
+    def __str__(self) -> str:
+        status = f"not here: {self.missing}" if self.missing else "available"
+        return f"{self.name}: {self.formats} ({status})"
+
+
+# The weight-only kernels of each device. Codebooks come last of those that look up or compute:
+# they would take other grids of 16 values as well.
+FORMATS = {
+    "gpu.integer": "integers of 2 to 8 bits, act-order too",
+    "gpu.minifloat": "small floats: mxfp4, nvfp4, fp8, mxfp8",
+    "gpu.codebook": "up to 16 values: nf4, fp4_bnb, lloyd4, learned",
+    "gpu.ggml": "ggml's Q4_K and Q6_K",
+    "gpu.ternary": "ternary",
+    "cpu.nibbles": "codes of 4 bits: int4, nf4, mxfp4, nvfp4, lloyd4, learned",
+    "cpu.integer8": "integers of 8 bits",
+    "cpu.q4_k": "ggml's Q4_K",
+    "cpu.ternary": "ternary",
+}
+NEEDS = {"gpu": "triton", "cpu": "numba"}
+
+
+def available() -> list[Kernel]:
+    """All kernels for packed weights, and for each what of this machine it lacks.
+
+    >>> import qlib
+    >>> for kernel in qlib.kernels.available():
+    ...     print(kernel)                                                       # doctest: +SKIP
+    """
+    return [Kernel(name, formats, missing(name[:3])) for name, formats in FORMATS.items()]
+
+
+def missing(device: str) -> str | None:
+    """What this machine lacks for kernels on "cpu" or "gpu", or None."""
+    if not _installed(NEEDS[device]):
+        return f"{NEEDS[device]} is not installed"
+    return "no CUDA device" if device == "gpu" and not torch.cuda.is_available() else None
+
+
+def matmul(x: Float[Tensor, "*batch in"] | QTensor, q: QTensor) -> Float[Tensor, "*batch out"]:
     """The product `x @ q.dequantize().T` in the dtype of `x`, by the fastest kernel that fits.
 
     Args:
-        x: activations, floating point, on the device of `q`.
+        x: activations, floating point, on the device of `q`; or quantized ones [rows, in], whose
+            product with `q` is float32 (`qlib.kernels.activations`).
         q: weight [out, in].
 
     Raises ValueError if shapes, dtype or devices do not match. Only the fallback has a gradient
-    for `x`, so it runs where one is needed.
+    for `x`, so it runs where one is needed. Where it runs for a few rows because the format has no
+    kernel, a SlowKernelWarning says so once.
 
     >>> import qlib
     >>> q = qlib.quantize(torch.eye(2), "int8")
     >>> qlib.kernels.matmul(torch.tensor([3.0, 5.0]), q).round()
     tensor([3., 5.])
     """
-    _check(x, q)
-    rows = x.reshape(-1, x.shape[-1])
-    module, rung = next((m, r) for m, r, why_not in _candidates(rows, q) if why_not is None)
-    return _kernel(module, rung)(rows, q).view(*x.shape[:-1], q.shape[0])
+    if isinstance(x, QTensor):
+        from . import activations
+
+        return activations.product(x, q)
+    return Product(q)(x)
 
 
-def explain(x: Float[Tensor, "*batch in"], q: QTensor) -> str:
-    """The kernel that `matmul(x, q)` would run, and for each faster one why it does not apply.
+class Product:
+    """`matmul` again and again with the same weight: what depends on it alone is done once.
+
+    Args:
+        q: weight [out, in]; its stored tensors must stay as they are.
+    """
+
+    def __init__(self, q: QTensor):
+        self.q, self._kernels = q, {}
+
+    def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if x.ndim == 0 or x.shape[-1] != self.q.shape[-1]:
+            _check(x, self.q)
+        rows = x.reshape(-1, x.shape[-1])
+        key = (x.dtype, x.device, _rows_class(len(rows)), _needs_gradient(x))
+        kernel = self._kernels.get(key) or self._choose(rows, key)
+        return kernel(rows).view(*x.shape[:-1], self.q.shape[0])
+
+    def _choose(self, rows: Tensor, key: tuple) -> Callable[[Tensor], Tensor]:
+        _check(rows, self.q)
+        why_not = _why_not_any(rows)
+        candidates = () if why_not else _candidates(rows, self.q)
+        name = next((name for name, reason in candidates if reason is None), None)
+        if name is None:
+            if why_not is None and len(rows) <= FEW_ROWS:
+                _warn(self.q.format, rows.device.type)
+            return lambda rows: dequantize.gemm(rows, self.q)
+        module = _module(name)
+        # A file has rungs of its own, or says only how its weights are packed.
+        own = hasattr(module, _rung(rows))
+        weight = self.q if own else module.packed(self.q)
+        rung = getattr(module if own else _module(f"{name[:3]}.product"), _rung(rows))
+        self._kernels[key] = kernel = lambda rows: rung(rows, weight)
+        return kernel
+
+
+def explain(x: Float[Tensor, "*batch in"] | QTensor, q: QTensor) -> str:
+    """The kernel that `matmul(x, q)` would run, and for each other one why it does not apply.
 
     >>> import qlib
-    >>> print(qlib.kernels.explain(torch.ones(2, 64), qlib.quantize(torch.ones(8, 64), "nf4")))
-    dequantize.gemm, 2 rows of activations
-    not w4a16_triton: x is on the CPU
-    not w4_numba: the grid nf4 is not an integer grid of 4 or 8 bits
+    >>> print(qlib.kernels.explain(torch.ones(2, 64), qlib.quantize(torch.ones(8, 64), "int8")))
+    cpu.integer8.gemv, 2 rows of activations
+    not gpu: x is on the CPU
+    not cpu.nibbles: the grid int8 does not have codes of 4 bits
     """
+    if isinstance(x, QTensor):
+        from . import activations
+
+        return activations.explain(x, q)
     _check(x, q)
-    rows, skipped = x.reshape(-1, x.shape[-1]), []
-    for module, rung, why_not in _candidates(rows, q):
-        if why_not is None:
-            count = f"{len(rows)} row{'s' * (len(rows) != 1)} of activations"
-            return "\n".join([f"{module}.{rung}, {count}", *skipped])
-        skipped.append(f"not {module}: {why_not}")
-    raise AssertionError("the last candidate always applies")
+    rows, device = x.reshape(-1, x.shape[-1]), device_of(x.device)
+    why_not, chosen, skipped = _why_not_any(rows), "dequantize.gemm", []
+    for name, reason in () if why_not else _candidates(rows, q):
+        if reason is None:
+            chosen = f"{name}.{_rung(rows)}"
+            break
+        skipped.append(f"not {name}: {reason}")
+    other = "not cpu: x is on the GPU" if device == "gpu" else "not gpu: x is on the CPU"
+    if device in NEEDS:
+        skipped = [other, *([f"not {device}: {why_not}"] if why_not else []), *skipped]
+    else:
+        skipped = [f"not gpu, not cpu: {why_not}"]
+    count = f"{len(rows)} row{'s' * (len(rows) != 1)} of activations"
+    return "\n".join([f"{chosen}, {count}", *skipped])
+
+
+def device_of(device: torch.device) -> str:
+    """Whose kernels run there: "cpu", "gpu", or a device that has none."""
+    return {"cpu": "cpu", "cuda": "gpu"}.get(device.type, device.type)
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _rows_class(rows: int) -> int:
+    """Numbers of rows that run the same kernel have the same class, on every device."""
+    return min(rows, CPU_GEMV_ROWS + 1)
+
+
+def _rung(rows: Tensor) -> str:
+    return (
+        "gemv" if len(rows) <= (1 if device_of(rows.device) == "gpu" else CPU_GEMV_ROWS) else "gemm"
+    )
+
+
+def _candidates(rows: Tensor, q: QTensor) -> Iterator[tuple[str, str | None]]:
+    """(name, why it does not take `q`) of the kernels on the device of the activations."""
+    for name in FORMATS:
+        if name.startswith(device_of(rows.device)):
+            yield name, _module(name).why_not(q)
+
+
+def _why_not_any(rows: Tensor) -> str | None:
+    """Why no kernel of the device of the activations takes them, whatever the weight."""
+    device = device_of(rows.device)
+    if device not in NEEDS:
+        return f"x is on {rows.device}"
+    if not _installed(NEEDS[device]):
+        return f"{NEEDS[device]} is not installed"
+    if rows.dtype not in DTYPES[device]:
+        *most, last = map(_name, DTYPES[device])
+        return f"x is {_name(rows.dtype)}, they take {', '.join(most)} or {last}"
+    if _needs_gradient(rows):
+        return "x needs a gradient"
+    if device == "gpu" and len(rows) > 1:
+        major, minor = torch.cuda.get_device_capability(rows.device)
+        # Triton would compile the product for older ones without tensor cores.
+        if major < 8:
+            return f"the product needs tensor cores of cc 8.0, this is {major}.{minor}"
+    return None if len(rows) else "x has no rows"
 
 
 @cache
-def _kernel(module: str, rung: str) -> Callable[[Tensor, QTensor], Tensor]:
-    return getattr(import_module(f".{module}", __package__), rung)
-
-
-def _candidates(x: Tensor, q: QTensor) -> Iterator[tuple[str, str, str | None]]:
-    """(module, function, why it does not apply), fastest first."""
-    yield "w4a16_triton", "gemv" if len(x) == 1 else "gemm", _why_not_triton(x, q)
-    yield "w4_numba", "gemv" if len(x) <= NUMBA_GEMV_ROWS else "gemm", _why_not_numba(x, q)
-    yield "dequantize", "gemm", None
-
-
-def _why_not_triton(x: Tensor, q: QTensor) -> str | None:
-    if not x.is_cuda:
-        return "x is on the CPU" if x.device.type == "cpu" else f"x is on {x.device}"
-    if not _installed("triton"):
-        return "triton is not installed"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {_name(x.dtype)}, it takes float16 or bfloat16"
-    capability = torch.cuda.get_device_capability(x.device)
-    if len(x) > 1 and capability < (8, 0):
-        # Triton would compile the product for older ones without tensor cores.
-        return f"the product needs tensor cores of cc 8.0, this is {capability[0]}.{capability[1]}"
-    return _why_not_rows(x) or _why_not_format(q.format, (4,)) or _why_not_stored(q.format)
-
-
-def _why_not_numba(x: Tensor, q: QTensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}"
-    if not _installed("numba"):
-        return "numba is not installed"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"x is {_name(x.dtype)}, it takes float16, bfloat16 or float32"
-    return _why_not_rows(x) or _why_not_format(q.format, (4, 8))
-
-
-def _why_not_rows(x: Tensor) -> str | None:
-    if x.requires_grad and torch.is_grad_enabled():
-        return "x needs a gradient"
-    return None if len(x) else "x has no rows"
-
-
-def _why_not_format(format, bits: tuple[int, ...]) -> str | None:
-    if not isinstance(format, Scheme):
-        return f"{type(format).__name__} is not a Scheme"
-    return _why_not_scheme(format, bits)
+def _module(name: str):
+    return import_module(f".{name}", __package__)
 
 
 @lru_cache(maxsize=256)
-def _why_not_scheme(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
-    integers = {f"{sign}int{b}" for b in bits for sign in ("", "u")}
-    if scheme.grid.name not in integers or not scheme.is_standard:
-        widths = " or ".join(map(str, bits))
-        return f"the grid {scheme.grid.name} is not an integer grid of {widths} bits"
-    if scheme.offset is not None and not isinstance(scheme.offset, Grid):
-        return "the offset is not an integer zero point"
-    if type(scheme.block) is int and scheme.block * scheme.grid.bits % 8:
-        return f"blocks of {scheme.block} codes of {scheme.grid.bits} bits do not end at a byte"
-    return None
-
-
-def _why_not_stored(scheme: Scheme) -> str | None:
-    """What the Triton kernels ask beyond `_why_not_scheme`: they read scale and zero as stored."""
-    if type(scheme.block) is int and scheme.block % 16:
-        return f"blocks of {scheme.block} are not a multiple of 16"
-    if scheme.scale not in (torch.float16, torch.bfloat16, torch.float32):
-        return "the scale is not float16, bfloat16 or float32"
-    if scheme.offset is not None and scheme.offset.name not in ("int4", "uint4"):
-        return f"the zero point is stored as {scheme.offset.name}, not in 4 bits"
-    return None
+def _warn(format: Format, device: str) -> None:
+    message = f"no kernel on {device} for {format}: every product dequantizes the weight first"
+    hint = "qlib.kernels.explain(x, q) says why, qlib.kernels.available() what there is"
+    warnings.warn(f"{message}; {hint}", SlowKernelWarning, stacklevel=5)
 
 
 def _check(x: Tensor, q: QTensor) -> None:
@@ -145,7 +240,7 @@ def _check(x: Tensor, q: QTensor) -> None:
         raise ValueError(f"matmul: x has {features}, weight is {shape}")
     if not x.is_floating_point():
         raise ValueError(f"matmul: x is {_name(x.dtype)}, need floating point")
-    for name, (dtype, size) in _layout(q).items():
+    for name, (dtype, size) in _layout(q.format, tuple(q.shape)).items():
         part = q.parts[name]
         # Compiled code checks no bounds: a part of another size must not reach it.
         if part.dtype != dtype or part.shape != size:
@@ -155,15 +250,9 @@ def _check(x: Tensor, q: QTensor) -> None:
             raise ValueError(f"matmul: x is on {x.device}, {name} is on {part.device}")
 
 
-def _layout(q: QTensor) -> dict:
-    if isinstance(q.format, Scheme):
-        return _scheme_layout(q.format, tuple(q.shape))
-    return q.format.layout(q.shape)
-
-
 @lru_cache(maxsize=256)
-def _scheme_layout(scheme: Scheme, shape: tuple[int, ...]) -> dict:
-    return scheme.layout(shape)
+def _layout(format: Format, shape: tuple[int, ...]) -> dict:
+    return format.layout(shape)
 
 
 @cache

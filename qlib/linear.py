@@ -9,30 +9,29 @@ from torch import Tensor, nn
 from .qtensor import QTensor
 
 try:
-    from . import kernels
-    from .kernels.dequantize import CHUNK_WEIGHTS, row_chunks
+    from .kernels import operator
+    from .kernels.dequantize import input_gradient
+    from .kernels.dispatch import Product
 except ImportError as error:
     # In a checkout the folder kernels/ lies beside qlib/, and only an installation joins the two.
     message = "qlib.kernels is missing: install the checkout with `pip install -e .` (make does so)"
     raise ImportError(message) from error
 
 
-class _Product(torch.autograd.Function):
+class _Differentiable(torch.autograd.Function):
     """`x @ q.dequantize().T`; what the gradient needs is kept packed (QLoRA, section 3)."""
 
     @staticmethod
-    def forward(ctx, x: Float[Tensor, "*batch in"], q: QTensor) -> Float[Tensor, "*batch out"]:
+    def forward(ctx, x: Float[Tensor, "*batch in"], product: Product) -> Float[Tensor, "*batch o"]:
+        q = product.q
         ctx.format, ctx.shape, ctx.names = q.format, q.shape, tuple(q.parts)
         ctx.save_for_backward(*q.parts.values())
-        return kernels.matmul(x.detach(), q)
+        return product(x.detach())
 
     @staticmethod
-    def backward(ctx, gradient: Float[Tensor, "*batch out"]) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Float[Tensor, "*batch o"]) -> tuple[Tensor, None]:
         q = QTensor(ctx.format, ctx.shape, dict(zip(ctx.names, ctx.saved_tensors)))
-        pieces = list(row_chunks(q, max(1, CHUNK_WEIGHTS // q.shape[1])))
-        gradients = gradient.split([piece.shape[0] for piece in pieces], dim=-1)
-        products = (g @ piece.dequantize().to(g.dtype) for g, piece in zip(gradients, pieces))
-        return sum(products), None
+        return input_gradient(gradient, q), None
 
 
 class QLinear(nn.Module):
@@ -51,12 +50,13 @@ class QLinear(nn.Module):
         if len(weight.shape) != 2:
             raise ValueError(f"a linear weight is [out, in], got {list(weight.shape)}")
         self.out_features, self.in_features = weight.shape
-        self.format = weight.format
+        self.format, self._format_name = weight.format, operator.name_of(weight.format)
         # Buffer names may not hold dots; part names ("scale.codes") do.
         self._names = {part: part.replace(".", "_") for part in weight.parts}
         for part, tensor in weight.parts.items():
             self.register_buffer(self._names[part], tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._product, self._product_of = None, ()
 
     @property
     def weight(self) -> QTensor:
@@ -66,9 +66,26 @@ class QLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The matrix product by the fastest kernel that knows the format."""
-        trained = x.requires_grad and torch.is_grad_enabled()
-        y = _Product.apply(x, self.weight) if trained else kernels.matmul(x, self.weight)
+        if torch.compiler.is_compiling():
+            q = self.weight
+            y = operator.matmul(x, list(q.parts.values()), self._format_name, list(q.shape))
+        elif x.requires_grad and torch.is_grad_enabled():
+            y = _Differentiable.apply(x, self._ready())
+        else:
+            y = self._ready()(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _ready(self) -> Product:
+        """The product with the weight that the buffers hold now."""
+        buffers = [getattr(self, name) for name in self._names.values()]
+        now = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
+        if now != self._product_of:
+            self._product, self._product_of = Product(self.weight), now
+        return self._product
+
+    def __getstate__(self) -> dict:
+        # What is ready for this process is of no use to a copy.
+        return self.__dict__ | {"_product": None, "_product_of": ()}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}"

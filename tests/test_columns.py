@@ -69,8 +69,11 @@ def test_products():
     assert torch.equal(QLinear(q, torch.ones(96))(x), expected + 1)
     assert qlib.kernels.explain(x, q).splitlines() == [
         "dequantize.gemm, 10 rows of activations",
-        "not w4a16_triton: x is on the CPU",
-        "not w4_numba: Columns is not a Scheme",
+        "not gpu: x is on the CPU",
+        "not cpu.nibbles: Columns is not a Scheme",
+        "not cpu.integer8: Columns is not a Scheme",
+        "not cpu.q4_k: the format is not ggml's Q4_K",
+        "not cpu.ternary: the weights are not ternary",
     ]
     x.requires_grad_()
     qlib.kernels.matmul(x, q).sum().backward()

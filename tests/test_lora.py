@@ -13,9 +13,10 @@ from tiny_models import MODELS, raises, tiny_decoder, tokens
 from torch import nn
 
 import qlib
-from qlib import finetune, kernels, linear, lora
+from qlib import finetune, kernels, lora
 from qlib.errors import FormatError
 from qlib.files import hf, peft
+from qlib.kernels import dequantize
 from qlib.linear import QLinear, dequantized, replace_layer
 
 FORMATS = ["nf4", "int4-g16", "int3-row-asym", "nvfp4", "ternary", "int8-tensor", "q4_k", "mxfp4"]
@@ -58,7 +59,7 @@ def stored(model):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("chunk", [1 << 22, 600])
 def test_gradient_is_that_of_the_dense_layer(name, chunk, monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr(dequantize, "CHUNK_WEIGHTS", chunk)
     layer = packed(13, 256, name)
     gradient = randn(2, 3, 13, seed=3)
     ours, theirs = (randn(2, 3, 256, seed=2).requires_grad_() for _ in range(2))

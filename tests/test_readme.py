@@ -42,6 +42,14 @@ def test_the_second_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "out/adapter" / "adapter_config.json").is_file()
 
 
+def test_the_example_of_kernels_runs(capsys):
+    names = {"torch": torch, "qlib": qlib}
+    exec(compile(example(2), "README.md", "exec"), names)
+    expected = names["x"] @ names["q"].dequantize().T
+    torch.testing.assert_close(names["y"], expected, rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out.startswith("cpu.nibbles.gemv, 1 row of activations\n")
+
+
 def test_a_wrong_format_name_in_the_example_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="unknown format 'int4-128'"):

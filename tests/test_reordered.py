@@ -70,6 +70,13 @@ def test_products():
     assert torch.equal(qlib.kernels.matmul(x, q), expected)
     layer = QLinear(q, torch.ones(24))
     assert torch.equal(layer(x), expected + 1)
+    # Blocks that the compiled kernels take: these gather the columns of x in the stored order.
+    q = Reordered(qlib.format("int4-g32-asym")).quantize(weight(), order=order())
+    assert qlib.kernels.explain(x, q).startswith("cpu.nibbles.gemm")
+    for rows in (x, x[0, :1]):
+        expected = rows @ q.dequantize().T
+        torch.testing.assert_close(qlib.kernels.matmul(rows, q), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(qlib.kernels.matmul(rows.flip(-1), q), expected, atol=1e-2)
     assert layer.half().weight.parts["order"].dtype == torch.int32
 
 

@@ -7,7 +7,8 @@ together, by signed gradient descent on the block's output error, and so do the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,8 @@ def autoround(
     Args:
         block: a decoder block with calibration calls.
         formats: name of a linear layer in the block -> Scheme.
-        steps: signed gradient steps, each on `batch` random windows of the calibration; each is
-            run by itself, so how the block's calls batch them does not matter.
+        steps: signed gradient steps, each on `batch` random windows of the calibration, run
+            together; how the block's calls batch them does not matter.
         learning_rate: how far the first step moves a rounding offset, in steps of the grid, and a
             clip factor; it falls to zero linearly. The default, 1 / steps, adds up to half a step.
         seed: of the draws; ranges: learn the clip factors too; progress: show a bar over the steps.
@@ -62,19 +63,20 @@ def autoround(
     linears, generator = block.linears, torch.Generator().manual_seed(seed)
     nearest = {name: format.quantize(linears[name].weight) for name, format in formats.items()}
     layers = {name: Rounding(linears[name].weight, format) for name, format in formats.items()}
-    windows = [_window(call, i) for call in block.calls for i in range(len(call.hidden))]
+    windows = [one for call in block.calls for one in _windows(call)]
     given = [row for output in block.targets or () for row in output.split(1)]
     pairs = list(zip(windows, given or map(block.run, windows)))
     if not pairs:
         raise ValueError("autoround needs calibration: calibrated_blocks(model, calibration)")
     if not all(bool(target.isfinite().all()) for _, target in pairs):
         raise ValueError("the block's output on the calibration text is not finite")
-    start, found, least = _errors(block, nearest, pairs), nearest, 1.0
+    start, found, least = _errors(block, nearest, pairs, batch), nearest, 1.0
     for step in bar(range(steps), "rounding", "step", progress):
-        chosen = torch.randperm(len(pairs), generator=generator)[:batch].tolist()
+        # In order, so that windows of one length lie together.
+        chosen = sorted(torch.randperm(len(pairs), generator=generator)[:batch].tolist())
         weights = {name: layer.quantize().requires_grad_() for name, layer in layers.items()}
         with torch.enable_grad():
-            loss = _errors(block, weights, [pairs[i] for i in chosen]).sum()
+            loss = _errors(block, weights, [pairs[i] for i in chosen], batch).sum()
         loss.backward(inputs=[*weights.values()])
         ratio = loss / start[chosen].sum()
         if ratio < least:
@@ -85,7 +87,7 @@ def autoround(
             if weights[name].grad is not None:
                 layer.move(weights[name].grad, rate, rate if ranges else 0.0)
     last = {name: layer.qtensor() for name, layer in layers.items()}
-    totals = [(_errors(block, tensors, pairs).sum(), tensors) for tensors in (found, last)]
+    totals = [(_errors(block, each, pairs, batch).sum(), each) for each in (found, last)]
     return min([(start.sum(), nearest), *totals], key=lambda total: total[0])[1]
 
 
@@ -146,10 +148,10 @@ class Rounding:
         middle, reach = (grid.max + grid.min) / 2 * scale, (grid.max - grid.min) / 2 * scale.abs()
         inside = (self.weight - (base + middle)[..., None]).abs_().le_(reach[..., None])
         every = _blocks(self.format, gradient)
-        free = every * inside
+        free = inside.mul_(every)
         by_base = every.sum(-1) - free.sum(-1)
-        moment = (every * _blocks(self.format, value) - free * self.weight).sum(-1)
-        by_scale = (moment - base * by_base) / scale.masked_fill(scale == 0, 1)
+        moments = (every * _blocks(self.format, value)).addcmul_(free, self.weight, value=-1)
+        by_scale = (moments.sum(-1) - base * by_base) / scale.masked_fill(scale == 0, 1)
         by_high = (by_scale - grid.min * by_base) / (grid.max - grid.min)
         by_clip = torch.stack([by_base - by_high, by_high]) * self.ends
         return free.mul_(self.gap * scale[..., None]), by_clip.sum_to_size(self.clip.shape)
@@ -177,27 +179,42 @@ def _gap(grid: Grid, x: Blocks) -> Tensor:
     return gaps[torch.bucketize(x, points).clamp_(1, len(gaps)) - 1] if uneven else gaps[0]
 
 
-def _window(call: Call, i: int) -> Call:
-    """The i-th window of a call. Masks and positions that have a batch dimension are cut too."""
+def _mapped(change: Callable[..., Tensor], *calls: Call) -> Call:
+    """A call of what `change` makes of everything in `calls` that has a batch dimension."""
 
-    def cut(x):
+    def each(x, *others):
         if isinstance(x, tuple):
-            return tuple(map(cut, x))
+            return tuple(map(each, x, *others))
         # Tables [time, features] have none, even if the batch is as large as the window.
-        has_batch = isinstance(x, Tensor) and x.ndim > 2 and len(x) == len(call.hidden)
-        return x[i : i + 1] if has_batch else x
+        has_batch = isinstance(x, Tensor) and x.ndim > 2 and len(x) == len(calls[0].hidden)
+        return change(x, *others) if has_batch else x
 
-    return Call(call.hidden[i : i + 1], cut(call.args), {k: cut(x) for k, x in call.kwargs.items()})
+    kwargs = {k: each(*(call.kwargs[k] for call in calls)) for k in calls[0].kwargs}
+    return Call(*(each(*x) for x in zip(*((call.hidden, call.args) for call in calls))), kwargs)
 
 
-def _errors(block: Block, weights: Mapping[str, Weight | QTensor], pairs: list) -> Tensor:
-    """The squared error of the block's output in every (window, target) pair."""
+def _windows(call: Call) -> list[Call]:
+    """Every window of a call as a call of its own."""
+    return [_mapped(lambda x, i=i: x[i : i + 1], call) for i in range(len(call.hidden))]
+
+
+def _together(pairs: list, most: int) -> Iterator[tuple[Call, Tensor]]:
+    """Neighboring (window, target) pairs of one length as one, at most `most` at a time."""
+    for _, same in groupby(pairs, lambda pair: pair[0].hidden.shape):
+        calls, targets = zip(*same)
+        for some in (slice(i, i + most) for i in range(0, len(calls), most)):
+            yield _mapped(lambda *x: torch.cat(x), *calls[some]), torch.cat(targets[some])
+
+
+def _errors(block: Block, weights: Mapping, pairs: list, most: int) -> Float[Tensor, " pairs"]:
+    """The squared error of the block's output in every (window, target) pair, `most` at once."""
     named, errors = {}, []
     for name, weight in weights.items():
         value = weight.dequantize() if isinstance(weight, QTensor) else weight
         named[f"{name}.weight"] = value.to(block.module.get_submodule(name).weight.dtype)
-    for call, target in pairs:
+    for call, target in _together(pairs, most):
         output = functional_call(block.module, named, (call.hidden, *call.args), call.kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        errors.append(F.mse_loss(output.float(), target.float(), reduction="sum"))
-    return torch.stack(errors)
+        error = F.mse_loss(output.float(), target.float(), reduction="none")
+        errors.append(error.flatten(1).sum(1))
+    return torch.cat(errors)

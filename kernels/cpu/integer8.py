@@ -1,0 +1,79 @@
+"""Integer codes of eight bits on the CPU: a byte is a code, and arithmetic unpacks it.
+
+`product` has the ladder.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from qlib.grid import Grid
+from qlib.qtensor import QTensor
+from qlib.scheme import Scheme
+
+from .product import Packed
+from .scales import compiled, offsets, read_bytes, scaled, scales, scheme_of, stored
+from .simd import LANES, floats, load, splat, store, total
+
+
+def why_not(q: QTensor) -> str | None:
+    """Why these kernels cannot take `q`, or None."""
+    scheme = scheme_of(q.format)
+    return _why_not(scheme) if scheme else f"{type(q.format).__name__} is not a Scheme"
+
+
+@lru_cache(maxsize=256)
+def _why_not(scheme: Scheme) -> str | None:
+    if scheme.grid.name not in ("int8", "uint8") or not scheme.is_standard:
+        return f"the grid {scheme.grid.name} is not an integer grid of 8 bits"
+    if type(scheme.block) is int and scheme.block % LANES:
+        return f"blocks of {scheme.block} are not a multiple of {LANES}"
+    if isinstance(scheme.offset, Grid) and scheme.offset.bits != 8:
+        return f"the zero point is stored as {scheme.offset.name}, not in 8 bits"
+    return None
+
+
+def packed(q: QTensor) -> Packed:
+    """`q` [out, in] for `product`. A block's weights are (code + least - zero) * scale + offset."""
+    q, order = stored(q)
+    scheme, codes = q.format, q.parts["codes"].contiguous()
+    least = scheme.grid.min - (scheme.offset.min if isinstance(scheme.offset, Grid) else 0)
+    size = scheme.block if type(scheme.block) is int else codes.shape[1]
+    operands = (codes.numpy(), np.float32(least), -(-size // LANES), *scales(q), *offsets(q))
+    return Packed(q.shape, 1, operands, _dot, _unpack, order)
+
+
+@compiled
+def _levels(row, i, least, zero, o, b):
+    if zero is not None:
+        least -= np.float32(zero[o, b])
+    return floats(read_bytes(row, i)) + splat(least)
+
+
+@compiled
+def _dot(codes, least, vectors, scale, table, zero, offset, planes, y, start, stop):
+    """y [rows, out] from codes [out, bytes] and planes [rows, 1, bytes]."""
+    for o in range(start, stop):
+        row = codes[o]
+        for r in range(len(planes)):
+            x, sums = planes[r, 0], splat(np.float32(0))
+            for b in range(scale.shape[1]):
+                at = b * vectors * LANES
+                for i in range(at, min(at + vectors * LANES, len(row)), LANES):
+                    levels = _levels(row, i, least, zero, o, b)
+                    sums += scaled(levels, scale, table, offset, o, b) * load(x, i)
+            y[r, o] = total(sums)
+
+
+@compiled
+def _unpack(codes, least, vectors, scale, table, zero, offset, chunk, first, start, stop):
+    """chunk [rows, 1, bytes] = weights of the rows first + start, ..., first + stop - 1."""
+    for o in range(start, stop):
+        row = codes[first + o]
+        for b in range(scale.shape[1]):
+            at = b * vectors * LANES
+            for i in range(at, min(at + vectors * LANES, len(row)), LANES):
+                levels = _levels(row, i, least, zero, first + o, b)
+                store(chunk[o, 0], i, scaled(levels, scale, table, offset, first + o, b))

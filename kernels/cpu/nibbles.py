@@ -1,0 +1,155 @@
+"""Codes of four bits on the CPU: integers, NF4, FP4 and any other grid of sixteen values.
+
+A weight of 4 bits is an eighth of the memory traffic of float32, but only if it is unpacked where
+it is used. A block has one scale, so it knows only sixteen weights: their table fits one vector
+register, and to unpack is to look up. `product` has the ladder.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from qlib.grid import Grid
+from qlib.qtensor import QTensor
+from qlib.scheme import Scheme
+
+from .product import Packed
+from .scales import AHEAD, compiled, number, offsets, read_bytes, scaled, scales, scheme_of, stored
+from .simd import (
+    LANES,
+    load,
+    load_bytes,
+    lookup,
+    prefetch,
+    splat,
+    store,
+    total,
+    two_halves,
+)  # fmt: skip
+
+NUMBERS = np.arange(16, dtype=np.float32)
+
+
+def why_not(q: QTensor) -> str | None:
+    """Why these kernels cannot take `q`, or None."""
+    scheme = scheme_of(q.format)
+    return _why_not(scheme) if scheme else f"{type(q.format).__name__} is not a Scheme"
+
+
+@lru_cache(maxsize=256)
+def _why_not(scheme: Scheme) -> str | None:
+    if scheme.grid.bits != 4:
+        return f"the grid {scheme.grid.name} does not have codes of 4 bits"
+    if scheme.block == 16 and scheme.offset is not None:
+        return "blocks of 16 have an offset"
+    if type(scheme.block) is int and scheme.block % 32 and scheme.block != 16:
+        return f"blocks of {scheme.block} are neither 16 nor a multiple of 32"
+    if isinstance(scheme.offset, Grid) and scheme.offset.bits != 4:
+        return f"the zero point is stored as {scheme.offset.name}, not in 4 bits"
+    return None
+
+
+def packed(q: QTensor) -> Packed:
+    """`q` [out, in] for `product`. A block's weights are (base - zero) * scale + offset."""
+    q, order = stored(q)
+    scheme, codes = q.format, q.parts["codes"].contiguous()
+    points = q.parts.get("grid", scheme.grid.points)
+    base = torch.nn.functional.pad(points, (0, 16 - len(points)))
+    zero, offset = offsets(q)
+    if zero is not None:
+        base = base - scheme.offset.min
+    first = (codes.numpy(), base.numpy())
+    if scheme.block == 16:
+        return Packed(q.shape, 2, (*first, *scales(q)), _dot16, _unpack16, order)
+    size = scheme.block // 2 if type(scheme.block) is int else codes.shape[1]
+    vectors = -(-size // LANES)
+    return Packed(q.shape, 2, (*first, vectors, *scales(q), zero, offset), _dot, _unpack, order)
+
+
+@compiled
+def _weights(base, scale, table, zero, offset, o, b):
+    """The sixteen weights of block b of row o, as `Scheme.decode` computes them."""
+    levels = load(base, 0)
+    if zero is not None:
+        levels -= splat(NUMBERS[(zero[o, b >> 1] >> ((b & 1) << 2)) & 15])
+    return scaled(levels, scale, table, offset, o, b)
+
+
+@compiled
+def _dot(codes, base, vectors, scale, table, zero, offset, planes, y, start, stop):
+    """y [rows, out] from codes [out, bytes] and planes [rows, 2, bytes]."""
+    whole = codes.shape[1] // (vectors * LANES)
+    for o in range(start, stop):
+        row = codes[o]
+        for r in range(len(planes)):
+            low, high = planes[r, 0], planes[r, 1]
+            sum_low = sum_high = splat(np.float32(0))
+            i = 0
+            for b in range(whole):
+                weights = _weights(base, scale, table, zero, offset, o, b)
+                for _ in range(vectors):
+                    prefetch(row, i + AHEAD)
+                    byte = load_bytes(row, i)
+                    sum_low += lookup(weights, byte & 15) * load(low, i)
+                    sum_high += lookup(weights, byte >> 4) * load(high, i)
+                    i += LANES
+            if i < len(row):
+                weights = _weights(base, scale, table, zero, offset, o, whole)
+                for j in range(i, len(row), LANES):
+                    byte = read_bytes(row, j)
+                    sum_low += lookup(weights, byte & 15) * load(low, j)
+                    sum_high += lookup(weights, byte >> 4) * load(high, j)
+            y[r, o] = total(sum_low + sum_high)
+
+
+@compiled
+def _unpack(codes, base, vectors, scale, table, zero, offset, chunk, first, start, stop):
+    """chunk [rows, 2, bytes] = weights of the rows first + start, ..., first + stop - 1."""
+    for o in range(start, stop):
+        row, low, high = codes[first + o], chunk[o, 0], chunk[o, 1]
+        for b in range(scale.shape[1]):
+            weights = _weights(base, scale, table, zero, offset, first + o, b)
+            at = b * vectors * LANES
+            for i in range(at, min(at + vectors * LANES, len(row)), LANES):
+                byte = read_bytes(row, i)
+                store(low, i, lookup(weights, byte & 15))
+                store(high, i, lookup(weights, byte >> 4))
+
+
+@compiled
+def _pair(scale, table, o, i):
+    """The scales of the two blocks of 16 whose codes are bytes i, ..., i + 15."""
+    b = i >> 3
+    last = min(b + 1, scale.shape[1] - 1)
+    return two_halves(number(scale, table, o, b), number(scale, table, o, last))
+
+
+@compiled
+def _dot16(codes, base, scale, table, planes, y, start, stop):
+    """`_dot` for blocks of 16: a vector of bytes has two, and its lanes their scales."""
+    values = load(base, 0)
+    for o in range(start, stop):
+        row = codes[o]
+        for r in range(len(planes)):
+            low, high = planes[r, 0], planes[r, 1]
+            sum_low = sum_high = splat(np.float32(0))
+            for i in range(0, len(row), LANES):
+                byte, factors = read_bytes(row, i), _pair(scale, table, o, i)
+                sum_low += lookup(values, byte & 15) * factors * load(low, i)
+                sum_high += lookup(values, byte >> 4) * factors * load(high, i)
+            y[r, o] = total(sum_low + sum_high)
+
+
+@compiled
+def _unpack16(codes, base, scale, table, chunk, first, start, stop):
+    """`_unpack` for blocks of 16."""
+    values = load(base, 0)
+    for o in range(start, stop):
+        row, low, high = codes[first + o], chunk[o, 0], chunk[o, 1]
+        for i in range(0, len(row), LANES):
+            byte, factors = read_bytes(row, i), _pair(scale, table, first + o, i)
+            store(low, i, lookup(values, byte & 15) * factors)
+            store(high, i, lookup(values, byte >> 4) * factors)

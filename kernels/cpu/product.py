@@ -1,0 +1,105 @@
+"""Activations times a packed weight on the CPU, whatever its format: what all formats share.
+
+1. `dequantize.gemm`: a few rows of the weight at full width, then torch's product.
+2. `gemv` multiplies straight from the packed bytes: for a few rows of activations.
+3. `gemm` unpacks some rows of weights into the cache, where torch's product finds them: for many.
+
+A format hands over a `Packed`: its stored bytes, and two compiled functions that read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .scales import compiled
+from .simd import LANES
+from .threads import by_rows
+
+# Weights unpacked at a time: 1 MiB of float32, about one core's second-level cache.
+CHUNK_WEIGHTS = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight as the compiled functions see it.
+
+    Args:
+        shape: [out, in] of the weight.
+        per_byte: codes that share a byte, and belong to neighboring inputs.
+        operands: what both functions read: arrays and numbers.
+        dot: (*operands, planes, y, start, stop) writes y[:, start:stop], the products of rows of
+            activations (`planes`) with some rows of weights.
+        unpack: (*operands, chunk, first, start, stop) writes the weights of the rows
+            first + start, ..., first + stop - 1, dealt as `planes` are, to chunk[start:stop].
+        order: which column of the weight each stored column is, [in], if they are reordered.
+    """
+
+    shape: tuple[int, int]
+    per_byte: int
+    operands: tuple
+    dot: Callable
+    unpack: Callable
+    order: Tensor | None = None
+
+
+def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
+    """The product straight from the bytes; its time grows with every row of `x`.
+
+    Args:
+        x: activations on the CPU, floating point; the sums are float32.
+    """
+    inputs, y = _inputs(x, weight).numpy(), torch.empty(len(x), weight.shape[0])
+    operands = (*weight.operands, inputs, y.numpy())
+    work = inputs.size * weight.shape[0]
+    by_rows(lambda *rows: weight.dot(*operands, *rows), weight.shape[0], work)
+    return y.to(x.dtype)
+
+
+def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
+    """The product by torch, from rows of the weight that are unpacked a few at a time.
+
+    Arguments as for `gemv`.
+    """
+    dealt, outputs = _inputs(x, weight), weight.shape[0]
+    # torch multiplies few activations fastest as the right factor.
+    inputs, y = dealt.flatten(1).T.contiguous(), torch.empty(outputs, len(x))
+    step = min(outputs, max(16, CHUNK_WEIGHTS // len(inputs)))
+    chunk = torch.zeros(step, *dealt.shape[1:])
+    for first in range(0, outputs, step):
+        count, operands = min(step, outputs - first), (*weight.operands, chunk.numpy(), first)
+        work = count * len(inputs)
+        by_rows(lambda *rows, args=operands: weight.unpack(*args, *rows), count, work)
+        torch.mm(chunk[:count].flatten(1), inputs, out=y[first : first + count])
+    return y.T.to(x.dtype)
+
+
+def _inputs(x: Tensor, weight: Packed) -> Tensor:
+    return planes(x if weight.order is None else x[:, weight.order], weight.per_byte)
+
+
+def planes(x: Float[Tensor, "rows in"], per_byte: int) -> Float[Tensor, "rows per_byte bytes"]:
+    """`x` dealt out to the codes that share a byte: plane j has what meets code j of every byte.
+
+    So dealt, an inner loop over bytes reads all its operands in order. Each plane is padded with
+    zeros to whole vectors.
+    """
+    width = -(-x.shape[1] // (per_byte * LANES)) * LANES
+    dealt = torch.empty(len(x), per_byte, width)
+    _deal(x.detach().float().numpy(), dealt.numpy())
+    return dealt
+
+
+@compiled
+def _deal(x, planes):
+    per_byte = planes.shape[1]
+    for r in range(len(planes)):
+        for j in range(per_byte):
+            known = (x.shape[1] - j + per_byte - 1) // per_byte
+            for i in range(known):
+                planes[r, j, i] = x[r, i * per_byte + j]
+            planes[r, j, max(0, known) :] = 0

@@ -1,0 +1,108 @@
+"""What the kernels of blocks share: how a block's scale, zero point and offset reach numba."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
+
+from qlib.grid import Grid
+from qlib.qtensor import Format, QTensor
+from qlib.reordered import Reordered
+from qlib.scheme import Scheme
+
+from .simd import LANES, load_bytes, load_some_bytes, prefetch, splat
+
+# numba keeps the compiled code beside the source, and lets go of the interpreter while it runs.
+compiled = njit(nogil=True, cache=True)
+# How far ahead of their use bytes are asked for.
+AHEAD = 4096
+
+
+def scheme_of(format: Format) -> Scheme | None:
+    """The scheme that stores a weight, in its own order of columns or in another, or None."""
+    format = format.scheme if isinstance(format, Reordered) else format
+    return format if isinstance(format, Scheme) else None
+
+
+def stored(q: QTensor) -> tuple[QTensor, Tensor | None]:
+    """(the weight as its scheme has it, which column of `q` each of its columns is, or None)."""
+    if not isinstance(q.format, Reordered):
+        return q, None
+    return QTensor(q.format.scheme, q.shape, q.parts), q.parts["order"][0].long()
+
+
+def scales(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [out, blocks] as they are stored, and a table of what each means.
+
+    float32 scales mean themselves and have no table; the codes of all others index theirs.
+    """
+    storage = q.format.scale
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    if storage is torch.float16:
+        kept, table = q.parts["scale"].view(torch.uint16), all_halves()
+    elif isinstance(storage, Grid) and storage.bits == 8:
+        kept, table = q.parts["scale"], storage.decode(codes)[0]
+    elif _is_two_level(storage):
+        inner = {"codes": codes, "scale": q.parts["scale.scale"]}
+        kept, table = q.parts["scale.codes"], storage.decode(inner, (1, 256))[0]
+    else:
+        kept, table = q.format.read(q.parts, q.shape)[0], torch.empty(0)
+    return _all_rows(kept, q), table.numpy()
+
+
+def _is_two_level(storage: Any) -> bool:
+    return isinstance(storage, Scheme) and storage.grid.bits == 8 and storage.block == "tensor"
+
+
+def offsets(q: QTensor) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(packed zero points, offsets), [out, blocks]; None for what the format does not have."""
+    if isinstance(q.format.offset, Grid):
+        return _all_rows(q.parts["zero_point"], q), None
+    if q.format.offset is not None:
+        return None, _all_rows(q.format.read(q.parts, q.shape)[1], q)
+    return None, None
+
+
+def _all_rows(part: Tensor, q: QTensor) -> np.ndarray:
+    """One scale of the whole tensor is the scale of every row."""
+    return part.expand(q.shape[0], -1).contiguous().numpy()
+
+
+@cache
+def all_halves() -> Float[Tensor, " 65536"]:
+    """The value of every float16, a type that numba does not know."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()
+
+
+def number(array, table, o, b):
+    """Inside numba: array[o, b], or what the table has for it."""
+
+
+@overload(number)
+def _number(array, table, o, b):
+    if isinstance(array.dtype, types.Integer):
+        return lambda array, table, o, b: table[array[o, b]]
+    return lambda array, table, o, b: array[o, b]
+
+
+@compiled
+def scaled(levels, scale, table, offset, o, b):
+    """levels * scale + offset of block b in row o, for a vector of levels."""
+    weights = levels * splat(number(scale, table, o, b))
+    return weights if offset is None else weights + splat(offset[o, b])
+
+
+@compiled
+def read_bytes(row, i):
+    """row[i : i + 16], with zeros for what lies behind its end."""
+    prefetch(row, i + AHEAD)
+    if i + LANES <= len(row):
+        return load_bytes(row, i)
+    return load_some_bytes(row, i, len(row) - i)

@@ -1,0 +1,1 @@
+"""Triton kernels: one file for each family of formats, all built on `product`."""

@@ -1,0 +1,295 @@
+"""The CPU kernels against `x @ q.dequantize().T` in float64, and the vectors they are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+import qlib
+from qlib import fit
+from qlib.grid import GRIDS, Grid
+from qlib.kernels.cpu import integer8, nibbles, product, q4_k, simd, ternary, threads
+from qlib.qtensor import QTensor
+from qlib.scheme import Scheme
+
+LEARNED = Scheme(Grid("learned", torch.linspace(-2, 1, 11)), 64, fit.absmax, torch.bfloat16)
+FORMATS = {
+    nibbles: "int4-row int4-g32 int4-g96 int4-g32-asym int4-g128-asym int4-g64-offset int4-tensor "
+    "int4-row-asym int4-tensor-asym nf4 nf4-dq fp4_bnb lloyd4 mxfp4 mxfp4-even nvfp4 "
+    "nvfp4-reciprocal nvfp4-mse mlx4".split(),
+    integer8: "int8-row int8-g16 int8-g48-asym int8-row-asym int8-tensor int8-g64-offset "
+    "mlx8".split(),
+    ternary: ["ternary"],
+    q4_k: ["q4_k"],
+}
+CASES = [(module, name) for module, names in FORMATS.items() for name in names]
+CASES += [(nibbles, LEARNED)]
+RUNGS = [product.gemv, product.gemm]
+
+
+def randn(*shape, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantized(shape, format) -> QTensor:
+    weight = randn(*shape, seed=100)
+    weight.view(-1)[0] = 1.5  # so that a flipped first code is far off in every format
+    return qlib.quantize(weight, format)
+
+
+def error(x, q: QTensor, y) -> float:
+    """Largest error of `y` as `x @ q.dequantize().T`."""
+    return (y.double() - x.double() @ q.dequantize().double().T).abs().max().item()
+
+
+def budget(x, q: QTensor) -> float:
+    """Twice the largest error of torch's own product in that dtype, `x` and 64 more rows."""
+    x = torch.cat([x, randn(64, x.shape[-1], dtype=x.dtype, seed=9)])
+    return 2 * error(x, q, x @ q.dequantize().to(x.dtype).T)
+
+
+def flip(q: QTensor) -> QTensor:
+    """`q` with its first code changed as much as it can be."""
+    name = "blocks" if "blocks" in q.parts else "codes"
+    codes = q.parts[name].clone()
+    if name == "blocks":
+        codes[0, 16] ^= 8
+    elif len(getattr(q.format.grid, "points", [])) == 3:
+        codes[0, 0] = codes[0, 0] + 1 if codes[0, 0] % 3 < 2 else codes[0, 0] - 2
+    else:
+        codes[0, 0] ^= 1 << (q.format.grid.bits - 1)
+    return QTensor(q.format, q.shape, {**q.parts, name: codes})
+
+
+def shapes(module) -> list[tuple[int, int]]:
+    if module is q4_k:
+        return [(1, 256), (33, 512), (5, 1280)]
+    return [(1, 1), (3, 5), (64, 64), (33, 77), (17, 260), (2, 1000)]
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize(("module", "format"), CASES)
+def test_products_are_within_twice_torchs_error(module, format, rung, monkeypatch):
+    for shape in shapes(module):
+        monkeypatch.setattr(product, "CHUNK_WEIGHTS", 16 * shape[1])
+        q = quantized(shape, format)
+        assert module.why_not(q) is None
+        packed, flipped = module.packed(q), module.packed(flip(q))
+        for rows, dtype in ((1, torch.float32), (3, torch.float16), (17, torch.bfloat16)):
+            x = randn(rows, shape[1], dtype=dtype, seed=rows)
+            x[0, 0] = 1
+            y, most = rung(x, packed), budget(x, q)
+            assert (y.dtype, y.shape) == (dtype, (rows, shape[0]))
+            assert error(x, q, y) <= most
+            if shape != (1, 1):
+                assert error(x, q, rung(x, flipped)) > most
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_block_and_mean(data):
+    kind = data.draw(st.sampled_from(["int4", "int8"]))
+    block = data.draw(st.sampled_from(["row", "tensor", "g32", "g64", "g96", "g160"]))
+    suffix = data.draw(st.sampled_from(["", "-asym", "-offset"]))
+    shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 400)))
+    rows, mean = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0.0, 3.0]))
+    q = quantized(shape, f"{kind}-{block}{suffix}")
+    module = nibbles if kind == "int4" else integer8
+    x = randn(rows, shape[1], seed=shape[1]) + mean
+    more = randn(64, shape[1], seed=9) + mean
+    # One output may come out luckily well in torch: a rounding of its largest sum is always free.
+    rounding = 2.0**-24 * (x.abs() @ q.dequantize().abs().T).max().item()
+    most = max(budget(x, q), 2 * error(more, q, more @ q.dequantize().T), rounding)
+    flipped = module.packed(flip(q))
+    x[0, 0] = 3
+    for rung in RUNGS:
+        assert error(x, q, rung(x, module.packed(q))) <= most
+        if q.shape != (1, 1):
+            assert error(x, q, rung(x, flipped)) > most
+
+
+@pytest.mark.parametrize(("module", "format"), CASES)
+def test_gemm_unpacks_the_dequantized_weight(module, format):
+    """Bit for bit, but where an offset is added: there one rounding less."""
+    q = quantized((9, 512), format)
+    unpacked = product.gemm(torch.eye(512), module.packed(q)).T
+    if "offset" in q.parts or module is q4_k:
+        torch.testing.assert_close(unpacked, q.dequantize(), rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(unpacked, q.dequantize())
+    assert not torch.equal(product.gemm(torch.eye(512), module.packed(flip(q))).T, unpacked)
+
+
+def test_q4_k_of_any_bytes_is_what_gguf_reads():
+    from gguf import GGMLQuantizationType, dequantize
+
+    raw = np.random.default_rng(0).integers(0, 256, (40, 3, 144), dtype=np.uint8)
+    raw[:, :, 1] &= 0x3F  # float16 steps below 2: none is infinite
+    raw[:, :, 3] &= 0x3F
+    raw = raw.reshape(40, -1)
+    want = torch.from_numpy(dequantize(raw, GGMLQuantizationType.Q4_K))
+    q = QTensor(qlib.format("q4_k"), (40, 768), {"blocks": torch.from_numpy(raw)})
+    found = product.gemm(torch.eye(768), q4_k.packed(q)).T
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    raw[0, 4] ^= 1  # one bit of one scale
+    assert not torch.allclose(product.gemm(torch.eye(768), q4_k.packed(q)).T, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 200)])
+def test_additions_alone_make_the_ternary_product(shape):
+    q = quantized(shape, "ternary")
+    x = randn(3, shape[1])
+    x[0, 0] = 1
+    y = ternary.additions(x, ternary.packed(q))
+    torch.testing.assert_close(y, x @ q.dequantize().T, rtol=1e-4, atol=1e-4)
+    wrong = ternary.additions(x, ternary.packed(flip(q)))
+    assert not torch.allclose(wrong, y, rtol=1e-4, atol=1e-4)
+
+
+def test_every_byte_has_its_five_trits():
+    codes = torch.arange(243, dtype=torch.uint8)[:, None]
+    q = QTensor(
+        qlib.format("ternary"), (243, 5), {"codes": codes, "scale": torch.ones(1, 1).half()}
+    )
+    assert torch.equal(product.gemv(torch.eye(5), ternary.packed(q)).T, q.dequantize())
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_special_activations_and_zero_blocks(rung):
+    weight = randn(20, 77)
+    weight[:, 32:64] = 0
+    weight[3] = 0
+    q = qlib.quantize(weight, "int4-g32-asym")
+    x = randn(4, 77)
+    packed = nibbles.packed(q)
+    assert error(x, q, rung(x, packed)) <= budget(x, q)
+    assert not rung(x, packed)[:, 3].any()
+    x[0, 5], x[-1, 70] = float("nan"), float("inf")
+    for y, want in zip(rung(x, packed), x @ q.dequantize().T):
+        assert torch.equal(y.isnan(), want.isnan())
+        assert torch.equal(y.isinf(), want.isinf())
+
+
+BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint8"])
+
+
+@pytest.mark.parametrize(
+    ("module", "format", "reason"),
+    [
+        (nibbles, "int3-g32", "the grid int3 does not have codes of 4 bits"),
+        (nibbles, "int4-g24", "blocks of 24 are neither 16 nor a multiple of 32"),
+        (nibbles, "int4-g16-asym", "blocks of 16 have an offset"),
+        (
+            nibbles,
+            BYTE_ZERO,
+            "the zero point is stored as uint8, not in 4 bits",
+        ),
+        (nibbles, "q4_k", "BlockFormat is not a Scheme"),
+        (integer8, "int4", "the grid int4 is not an integer grid of 8 bits"),
+        (integer8, "mxint8", "the grid mxint8 is not an integer grid of 8 bits"),
+        (integer8, "int8-g24", "blocks of 24 are not a multiple of 16"),
+        (integer8, "q8_0", "BlockFormat is not a Scheme"),
+        (q4_k, "int4", "the format is not ggml's Q4_K"),
+        (q4_k, "q5_k", "the format is not ggml's Q4_K"),
+        (ternary, "int2-row", "the weights are not ternary"),
+        (
+            ternary,
+            Scheme(GRIDS["ternary"], 5, fit.absmean),
+            "the scale is not one for the tensor or one for a row",
+        ),
+        (
+            ternary,
+            Scheme(Grid("own", torch.tensor([-2.0, 0, 1])), "row", fit.absmax),
+            "the three values are not -1, 0, 1",
+        ),
+    ],
+)
+def test_why_not(module, format, reason):
+    assert module.why_not(quantized((4, 256), format)) == reason
+
+
+def test_threads_share_the_rows_and_survive_a_fork(monkeypatch):
+    q = quantized((50, 96), "int4-g32")
+    x, packed = randn(2, 96), nibbles.packed(q)
+    alone = product.gemv(x, packed)
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen = set()
+    threads.by_rows(lambda *rows: seen.add((threading.get_ident(), *rows)), 50, 50)
+    assert sorted(rows for _, *rows in seen) == [[0, 16], [16, 33], [33, 50]]
+    assert torch.equal(product.gemv(x, packed), alone)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(product.gemv(x, packed), alone) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_thread_that_fails_says_so(monkeypatch):
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def work(start: int, stop: int) -> None:
+        if start:
+            raise MemoryError("the second half")
+
+    with pytest.raises(MemoryError, match=r"^the second half$"):
+        threads.by_rows(work, 10, 10)
+
+
+@njit
+def arithmetic(x, y, index):
+    a, b, i = simd.load(x, 0), simd.load(y, 0), simd.load_bytes(index, 0)
+    low = simd.lookup(a, i & 15)
+    out = np.empty(16 * 5, np.float32)
+    simd.store(out, 0, a + b * simd.splat(np.float32(3)))
+    simd.store(out, 16, a - b)
+    simd.store(out, 32, low)
+    simd.store(out, 48, simd.floats((i * 3) - (i >> 2)))
+    simd.store(out, 64, simd.two_halves(np.float32(1), np.float32(2)))
+    return out, simd.total(a)
+
+
+def check_vectors() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 16)).astype(np.float32)
+    index = rng.integers(0, 256, 16, dtype=np.uint8)
+    out, total = arithmetic(x, y, index)
+    whole = index.astype(int)
+    want = [x + y * 3, x - y, x[whole % 16], whole * 3 - whole // 4, [1] * 8 + [2] * 8]
+    assert np.allclose(out.reshape(5, 16), want, rtol=1e-6, atol=1e-6)
+    assert abs(total - x.sum()) < 1e-5
+
+
+def test_vectors():
+    check_vectors()
+
+
+def test_vectors_of_narrow_processors():
+    """The same without AVX-512, where a lookup is made of two of eight entries."""
+    code = "import test_kernels_cpu as t; assert not t.simd.WIDE; t.check_vectors()"
+    environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    environment["PYTHONPATH"] = os.path.dirname(__file__)
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@njit
+def some(row, count):
+    return simd.total(simd.floats(simd.load_some_bytes(row, len(row) - count, count)))
+
+
+def test_the_last_bytes_of_a_row_and_nothing_behind_them():
+    page = np.arange(64, dtype=np.uint8)
+    for count in range(1, 16):
+        assert some(page[:32], count) == page[32 - count : 32].sum()
