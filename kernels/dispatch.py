@@ -55,7 +55,7 @@ FORMATS = {
     "gpu.integer": "integers of 2 to 8 bits, act-order too",
     "gpu.minifloat": "small floats: mxfp4, nvfp4, fp8, mxfp8",
     "gpu.codebook": "up to 16 values: nf4, fp4_bnb, lloyd4, learned",
-    "gpu.ggml": "ggml's Q4_K and Q6_K",
+    "gpu.ggml": "ggml's Q4_0, Q8_0, Q4_K, Q5_K, Q6_K and TQ2_0",
     "gpu.ternary": "ternary",
     "cpu.nibbles": "codes of 4 bits: int4, nf4, mxfp4, nvfp4, lloyd4, learned",
     "cpu.integer8": "integers of 8 bits",
