@@ -59,7 +59,7 @@ FORMATS = {
     "gpu.ternary": "ternary",
     "cpu.nibbles": "codes of 4 bits: int4, nf4, mxfp4, nvfp4, lloyd4, learned",
     "cpu.integer8": "integers of 8 bits",
-    "cpu.q4_k": "ggml's Q4_K",
+    "cpu.ggml": "ggml's Q4_K, Q6_K and Q8_0",
     "cpu.ternary": "ternary",
 }
 NEEDS = {"gpu": "triton", "cpu": "numba"}

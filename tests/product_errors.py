@@ -34,7 +34,7 @@ def flip(q: QTensor) -> QTensor:
     name = "blocks" if "blocks" in q.parts else "codes"
     codes = q.parts[name].clone()
     if name == "blocks":
-        codes[0, 16] ^= 8
+        codes[0, 16] ^= 0x88
     elif len(getattr(q.format.grid, "points", [])) == 3:
         codes[0, 0] = codes[0, 0] + 1 if codes[0, 0] % 3 < 2 else codes[0, 0] - 2
     else:

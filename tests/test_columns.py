@@ -72,7 +72,7 @@ def test_products():
         "not gpu: x is on the CPU",
         "not cpu.nibbles: Columns is not a Scheme",
         "not cpu.integer8: Columns is not a Scheme",
-        "not cpu.q4_k: the format is not ggml's Q4_K",
+        "not cpu.ggml: the format is not ggml's Q4_K, Q6_K or Q8_0",
         "not cpu.ternary: the weights are not ternary",
     ]
     x.requires_grad_()

@@ -170,7 +170,7 @@ def test_available_names_every_file_of_kernels():
         module = dispatch._module(name)
         assert module.why_not(quantized((8, 77), "int1-g7"))
         assert hasattr(module, "packed") or hasattr(module, "gemv")
-    assert str(listed["cpu.q4_k"]) == "cpu.q4_k: ggml's Q4_K (available)"
+    assert str(listed["cpu.ggml"]) == "cpu.ggml: ggml's Q4_K, Q6_K and Q8_0 (available)"
     if not torch.cuda.is_available():
         assert {k.missing for name, k in listed.items() if name[:3] == "gpu"} == {"no CUDA device"}
 

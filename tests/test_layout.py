@@ -59,7 +59,7 @@ ORDER = {
     "qlib.kernels.cpu.product": 120,
     "qlib.kernels.cpu.nibbles": 160,
     "qlib.kernels.cpu.integer8": 90,
-    "qlib.kernels.cpu.q4_k": 100,
+    "qlib.kernels.cpu.ggml": 200,
     "qlib.kernels.cpu.ternary": 150,
     "qlib.kernels.cpu.w8a8": 110,
     "qlib.kernels.gpu": 10,

@@ -14,8 +14,8 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
 from .product import Packed
-from .scales import compiled, offsets, read_bytes, scaled, scales, scheme_of, stored
-from .simd import LANES, floats, load, splat, store, total
+from .scales import AHEAD, compiled, number, offsets, read_bytes, scales, scheme_of, stored
+from .simd import LANES, floats, load, load_bytes, prefetch, splat, store, total
 
 
 def why_not(q: QTensor) -> str | None:
@@ -46,24 +46,36 @@ def packed(q: QTensor) -> Packed:
 
 
 @compiled
-def _levels(row, i, least, zero, o, b):
-    if zero is not None:
-        least -= np.float32(zero[o, b])
-    return floats(read_bytes(row, i)) + splat(least)
+def _block(least, scale, table, zero, o, b):
+    """(shift, factor): a weight of block b in row o is (code + shift) * factor, plus an offset."""
+    shift = least if zero is None else least - np.float32(zero[o, b])
+    return splat(shift), splat(number(scale, table, o, b))
+
+
+@compiled
+def _weights(byte, shift, factor, offset, o, b):
+    weights = (floats(byte) + shift) * factor
+    return weights if offset is None else weights + splat(offset[o, b])
 
 
 @compiled
 def _dot(codes, least, vectors, scale, table, zero, offset, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 1, bytes]."""
+    whole = codes.shape[1] // LANES * LANES
     for o in range(start, stop):
         row = codes[o]
         for r in range(len(planes)):
             x, sums = planes[r, 0], splat(np.float32(0))
             for b in range(scale.shape[1]):
-                at = b * vectors * LANES
-                for i in range(at, min(at + vectors * LANES, len(row)), LANES):
-                    levels = _levels(row, i, least, zero, o, b)
-                    sums += scaled(levels, scale, table, offset, o, b) * load(x, i)
+                shift, factor = _block(least, scale, table, zero, o, b)
+                first = b * vectors * LANES
+                for i in range(first, min(first + vectors * LANES, whole), LANES):
+                    prefetch(row, i + AHEAD)
+                    weights = _weights(load_bytes(row, i), shift, factor, offset, o, b)
+                    sums += weights * load(x, i)
+                if whole < len(row) and first + vectors * LANES > whole:
+                    weights = _weights(read_bytes(row, whole), shift, factor, offset, o, b)
+                    sums += weights * load(x, whole)
             y[r, o] = total(sums)
 
 
@@ -73,7 +85,8 @@ def _unpack(codes, least, vectors, scale, table, zero, offset, chunk, first, sta
     for o in range(start, stop):
         row = codes[first + o]
         for b in range(scale.shape[1]):
+            shift, factor = _block(least, scale, table, zero, first + o, b)
             at = b * vectors * LANES
             for i in range(at, min(at + vectors * LANES, len(row)), LANES):
-                levels = _levels(row, i, least, zero, first + o, b)
-                store(chunk[o, 0], i, scaled(levels, scale, table, offset, first + o, b))
+                weights = _weights(read_bytes(row, i), shift, factor, offset, first + o, b)
+                store(chunk[o, 0], i, weights)

@@ -17,7 +17,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
 from .product import Packed
-from .scales import AHEAD, compiled, number, offsets, read_bytes, scaled, scales, scheme_of, stored
+from .scales import AHEAD, compiled, number, offsets, read_bytes, scales, scheme_of, stored
 from .simd import (
     LANES,
     load,
@@ -75,7 +75,8 @@ def _weights(base, scale, table, zero, offset, o, b):
     levels = load(base, 0)
     if zero is not None:
         levels -= splat(NUMBERS[(zero[o, b >> 1] >> ((b & 1) << 2)) & 15])
-    return scaled(levels, scale, table, offset, o, b)
+    weights = levels * splat(number(scale, table, o, b))
+    return weights if offset is None else weights + splat(offset[o, b])
 
 
 @compiled

@@ -17,7 +17,7 @@ from qlib.qtensor import Format, QTensor
 from qlib.reordered import Reordered
 from qlib.scheme import Scheme
 
-from .simd import LANES, load_bytes, load_some_bytes, prefetch, splat
+from .simd import LANES, load_bytes, load_some_bytes, prefetch
 
 # numba keeps the compiled code beside the source, and lets go of the interpreter while it runs.
 compiled = njit(nogil=True, cache=True)
@@ -90,13 +90,6 @@ def _number(array, table, o, b):
     if isinstance(array.dtype, types.Integer):
         return lambda array, table, o, b: table[array[o, b]]
     return lambda array, table, o, b: array[o, b]
-
-
-@compiled
-def scaled(levels, scale, table, offset, o, b):
-    """levels * scale + offset of block b in row o, for a vector of levels."""
-    weights = levels * splat(number(scale, table, o, b))
-    return weights if offset is None else weights + splat(offset[o, b])
 
 
 @compiled

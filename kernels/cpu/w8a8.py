@@ -19,30 +19,13 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from qlib.qtensor import QTensor
-from qlib.scheme import Scheme
+
+from ..eight_bits import why_not
 
 # 1024 products of magnitude up to 2^14 have a sum of magnitude up to 2^24.
 EXACT_IN_FLOAT32 = 1024
 # Up to here a sum of products of 255 and -128 fits in int32.
 INT32_INPUTS = (1 << 31) // (255 * 128)
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def why_not(x: QTensor, w: QTensor) -> str | None:
-    """Why `scaled_product` cannot take these, or None if it can."""
-    for name, q in (("x", x), ("the weight", w)):
-        format = q.format
-        if not isinstance(format, Scheme):
-            return f"{name} is {type(format).__name__}, not a Scheme"
-        if format.grid.name not in ("int8", "e4m3") or format.offset is not None:
-            return f"{name} is {format}: not int8 or e4m3 without an offset"
-        if format.block not in ("row", "tensor") or format.scale not in SCALES:
-            return f"{name} is {format}: not one floating-point scale for a row or the tensor"
-    if x.format.grid.name != w.format.grid.name:
-        return f"x has {x.format.grid.name} codes, the weight {w.format.grid.name}"
-    if len(x.shape) != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[1]:
-        return f"x is {list(x.shape)}, the weight {list(w.shape)}: inputs differ"
-    return None
 
 
 def scaled_product(x: QTensor, w: QTensor, dtype: torch.dtype) -> Float[Tensor, "rows out"]:

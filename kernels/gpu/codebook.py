@@ -26,8 +26,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
 from .product import Packed
-
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
+from .scales import FLOATS, rescaled, stored, units
 
 
 def why_not(q: QTensor) -> str | None:
@@ -41,24 +40,20 @@ def why_not(q: QTensor) -> str | None:
         return f"blocks of {scheme.block} are not a multiple of 16"
     if scheme.offset is not None:
         return "the weights have an offset"
-    if scheme.scale not in SCALES and not isinstance(scheme.scale, DoubleQuant):
+    if scheme.scale not in FLOATS and not isinstance(scheme.scale, DoubleQuant):
         return "the scale is not float16, bfloat16, float32 or double quantization"
     return None
 
 
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`, if `why_not(q)` is None."""
-    scheme, (outputs, inputs) = q.format, q.shape
-    codes = q.parts["codes"].contiguous()
-    double = scheme.scale.block if isinstance(scheme.scale, DoubleQuant) else 0
-    names = ("scale.codes", "scale.scale", "scale.offset") if double else ("scale",)
-    scale = tuple(q.parts[name].contiguous() for name in names)
-    stride = 0 if scheme.block == "tensor" else scale[0].shape[1]
+    codes, (scale, stride, block) = q.parts["codes"].contiguous(), stored(q)
+    double = q.format.scale.block if isinstance(q.format.scale, DoubleQuant) else 0
     if double:
         scale += (dynamic(codes.device),)
-    block = scheme.block if type(scheme.block) is int else 0
-    parts = (codes, pairs(scheme.grid, codes.device), scale, codes.shape[1], stride, inputs)
-    return Packed((outputs, inputs), parts, decode, (block, double), 1024)
+    table = pairs(q.format.grid, codes.device)
+    parts = (codes, table, scale, codes.shape[1], stride, q.shape[1])
+    return Packed(tuple(q.shape), parts, decode, (block, double), 1024)
 
 
 @lru_cache(maxsize=256)
@@ -84,7 +79,8 @@ def decode(parts, n, outputs, k, OPTIONS: tl.constexpr, BLOCK_K: tl.constexpr):
     pair = tl.load(pairs.to(tl.pointer_type(tl.uint64), bitcast=True) + byte.to(tl.int32))
     first = pair.to(tl.uint32).to(tl.float32, bitcast=True)
     second = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-    at, inside = scales_at(n, outputs, k, inputs, stride, OPTIONS[0], BLOCK_K)
+    row, block, inside = units(n, outputs, k, inputs, OPTIONS[0], BLOCK_K, BLOCK_K)
+    at = row * stride + block
     if OPTIONS[1]:
         s = _doubly_quantized(scale, at, inside, OPTIONS[1])
     else:
@@ -97,24 +93,3 @@ def _doubly_quantized(parts, at, inside, BLOCK: tl.constexpr):
     codes, scale, offset, values = parts
     value = tl.load(values + tl.load(codes + at, inside, other=0).to(tl.int32))
     return value * tl.load(scale + at // BLOCK, inside, other=0.0) + tl.load(offset)
-
-
-@triton.jit
-def scales_at(n, outputs, k, inputs, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Where the scales of a tile are stored, and which of them exist: [BLOCK_N, units].
-
-    Blocks (0: the whole row) begin at multiples of a unit, so all weights of it share a scale.
-    """
-    UNIT: tl.constexpr = min(BLOCK & -BLOCK, BLOCK_K) if BLOCK else BLOCK_K
-    first = k + UNIT * tl.arange(0, BLOCK_K // UNIT)
-    b = first // BLOCK if BLOCK else first * 0
-    at = n.to(tl.int64)[:, None] * stride + b[None, :]
-    return at, (n < outputs)[:, None] & (first < inputs)[None, :]
-
-
-@triton.jit
-def rescaled(values, scale):
-    """`values` [BLOCK_N, BLOCK_K] times the scale [BLOCK_N, units] of the unit that they are in."""
-    UNITS: tl.constexpr = scale.shape[1]
-    units = tl.reshape(values, [values.shape[0], UNITS, values.shape[1] // UNITS])
-    return tl.reshape(units * scale[:, :, None], values.shape)

@@ -12,7 +12,6 @@ applies the scale, takes off the 1, and applies the zero point or the offset.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -21,12 +20,12 @@ from qlib.qtensor import QTensor
 from qlib.reordered import Reordered
 from qlib.scheme import Scheme
 
-from .product import Packed
+from .product import Packed, words
+from .scales import FLOATS, rescaled, units
 
 # The exponent of 1.0 in float32. The kernel takes it as an argument and shifts it into place: with
 # two constants (code & mask) | one would be two instructions, with one known late it is one.
 BIAS = 127
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(q: QTensor) -> str | None:
@@ -39,7 +38,7 @@ def why_not(q: QTensor) -> str | None:
         return f"the grid {scheme.grid.name} is not an integer grid of 2 to 8 bits"
     if type(scheme.block) is int and scheme.block % 16:
         return f"blocks of {scheme.block} are not a multiple of 16"
-    if scheme.scale not in SCALES:
+    if scheme.scale not in FLOATS:
         return "the scale is not float16, bfloat16 or float32"
     return _why_not_offset(scheme)
 
@@ -48,7 +47,7 @@ def _why_not_offset(scheme: Scheme) -> str | None:
     offset, bits = scheme.offset, scheme.grid.bits
     if isinstance(offset, Grid) and offset.name not in (f"int{bits}", f"uint{bits}"):
         return f"the zero point is stored as {offset.name}, not in {bits} bits"
-    if offset is None or isinstance(offset, Grid) or offset in SCALES:
+    if offset is None or isinstance(offset, Grid) or offset in FLOATS:
         return None
     return "the offset is not an integer zero point, float16, bfloat16 or float32"
 
@@ -58,12 +57,9 @@ def packed(q: QTensor) -> Packed:
     order = q.parts["order"][0] if isinstance(q.format, Reordered) else None
     scheme = q.format if order is None else q.format.scheme
     (outputs, inputs), bits = q.shape, scheme.grid.bits
-    codes, scale = q.parts["codes"].contiguous(), q.parts["scale"].contiguous()
+    (codes, word, row_words), scale = words(q.parts["codes"]), q.parts["scale"].contiguous()
     stored = isinstance(scheme.offset, Grid)
     offset = q.parts.get("zero_point" if stored else "offset", scale).contiguous()
-    word = 8 if (codes.shape[1] | codes.storage_offset()) % 4 else 32
-    row_words = codes.shape[1] * 8 // word
-    codes = codes.view(-1).view(torch.uint8 if word == 8 else torch.int32)
     block = scheme.block if type(scheme.block) is int else 0
     strides = tuple(0 if len(part) == 1 else part.shape[1] for part in (scale, offset))
     zero = int(scheme.offset.min - scheme.grid.min if stored else -scheme.grid.min)
@@ -77,28 +73,20 @@ def decode(parts, n, outputs, k, OPTIONS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Weights of the rows `n` and the inputs k, ..., k + BLOCK_K - 1, as `Packed` asks for."""
     codes, scale, offset, row_words, scale_stride, offset_stride, inputs, bias = parts
     BITS: tl.constexpr = OPTIONS[0]
-    BLOCK: tl.constexpr = OPTIONS[2]
     values = _mantissas(codes, n, outputs, k, row_words, bias << 23, BITS, OPTIONS[1], BLOCK_K)
-    # All weights of a unit share a scale, because blocks begin at multiples of it. It is no more
-    # than a thread decodes, so that each thread loads its own scale and none waits for another.
+    # A unit is no more than a thread decodes, so that it loads its own scale and waits for none.
     OWN: tl.constexpr = min(32 if BITS & (BITS - 1) else 128 // BITS, BLOCK_K)
-    UNIT: tl.constexpr = min(BLOCK & -BLOCK, OWN) if BLOCK else BLOCK_K
-    at = k + UNIT * tl.arange(0, BLOCK_K // UNIT)
-    b = at // BLOCK if BLOCK else 0 * at
-    inside = (n < outputs)[:, None] & (at < inputs)[None, :]
-    row = n.to(tl.int64)[:, None]
-    s = tl.load(scale + row * scale_stride + b[None, :], inside, other=0.0).to(tl.float32)
+    row, block, inside = units(n, outputs, k, inputs, OPTIONS[2], OWN, BLOCK_K)
+    s = tl.load(scale + row * scale_stride + block, inside, other=0.0).to(tl.float32)
     if OPTIONS[3] == "offset":
-        add = tl.load(offset + row * offset_stride + b[None, :], inside, other=0.0).to(tl.float32)
+        add = tl.load(offset + row * offset_stride + block, inside, other=0.0).to(tl.float32)
         add -= s * (OPTIONS[4] + 2**BITS)
     else:
         zero = OPTIONS[4] + 2.0**BITS
         if OPTIONS[3] == "zero":
-            zero += _zeros(offset + row * offset_stride, b, inside, BITS)
+            zero += _zeros(offset + row * offset_stride, block, inside, BITS)
         add = -s * zero
-    values = tl.reshape(values, [n.shape[0], BLOCK_K // UNIT, UNIT])
-    values = values * (s * 2**BITS)[:, :, None] + add[:, :, None]
-    return tl.reshape(values, [n.shape[0], BLOCK_K])
+    return rescaled(values, s * 2**BITS, add)
 
 
 @triton.jit
@@ -150,11 +138,11 @@ def _mantissa(words, one, PLACE: tl.constexpr, BITS: tl.constexpr, WORD: tl.cons
 
 
 @triton.jit
-def _zeros(row, b, inside, BITS: tl.constexpr):
-    """The zero points of the blocks `b`, float32, out of as many bits as a code has."""
-    at = b * BITS // 8
-    byte = tl.load(row + at[None, :], inside, other=0).to(tl.int32)
+def _zeros(row, block, inside, BITS: tl.constexpr):
+    """Zero points, float32, out of as many bits as a code has."""
+    at, shift = block * BITS // 8, block * BITS % 8
+    byte = tl.load(row + at, inside, other=0).to(tl.int32)
     if BITS & (BITS - 1):
-        after = inside & (b * BITS % 8 + BITS > 8)[None, :]
-        byte |= tl.load(row + (at + 1)[None, :], after, other=0).to(tl.int32) << 8
-    return (byte >> (b * BITS % 8)[None, :] & (2**BITS - 1)).to(tl.float32)
+        after = inside & (shift + BITS > 8)
+        byte |= tl.load(row + at + 1, after, other=0).to(tl.int32) << 8
+    return (byte >> shift & (2**BITS - 1)).to(tl.float32)

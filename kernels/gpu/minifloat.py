@@ -15,7 +15,6 @@ bytes that one float of the tensor multiplies, or divides.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -23,8 +22,8 @@ from qlib.grid import E4M3, E8M0, FP4_E2M1, FP8_E4M3, FP8_E5M2, FloatFormat
 from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
-from .codebook import SCALES, rescaled, scales_at
-from .product import Packed
+from .product import Packed, words
+from .scales import FLOATS, rescaled, stored, units
 
 FORMATS = {float.name: float for float in (FP4_E2M1, FP8_E4M3, FP8_E5M2)}
 
@@ -47,7 +46,7 @@ def why_not(q: QTensor) -> str | None:
 
 def kind(scale) -> str | None:
     """How the scale of a Scheme is stored: "float", "e8m0", "e4m3", "e4m3 over" (a divisor)."""
-    if scale in SCALES:
+    if scale in FLOATS:
         return "float"
     if scale == E8M0:
         return "e8m0"
@@ -56,24 +55,18 @@ def kind(scale) -> str | None:
     if scale.block != "tensor":
         return None
     divides = isinstance(scale.scale, Divisor)
-    stored = scale.scale.dtype if divides else scale.scale
-    return ("e4m3 over" if divides else "e4m3") if stored in SCALES else None
+    dtype = scale.scale.dtype if divides else scale.scale
+    return ("e4m3 over" if divides else "e4m3") if dtype in FLOATS else None
 
 
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`, if `why_not(q)` is None."""
-    scheme, (outputs, inputs) = q.format, q.shape
-    codes = q.parts["codes"].contiguous()
-    names = ("scale.codes", "scale.scale") if "scale.codes" in q.parts else ("scale",)
-    scale = tuple(q.parts[name].contiguous() for name in names)
-    stride = 0 if scheme.block == "tensor" else scale[0].shape[1]
-    block = scheme.block if type(scheme.block) is int else 0
     # Codes that a product loads 16 bytes at a time have to be words of memory.
-    word = 8 if codes.shape[1] % 4 else 32
-    codes = codes.view(torch.uint8 if word == 8 else torch.int32)
-    options = (word, *layout(FORMATS[scheme.grid.name]), kind(scheme.scale), block)
-    parts = (codes, scale, codes.shape[1], stride, inputs)
-    return Packed((outputs, inputs), parts, decode, options, 1024)
+    codes, word, row_words = words(q.parts["codes"])
+    scale, stride, block = stored(q)
+    options = (word, *layout(FORMATS[q.format.grid.name]), kind(q.format.scale), block)
+    parts = (codes, scale, row_words, stride, q.shape[1])
+    return Packed(tuple(q.shape), parts, decode, options, 1024)
 
 
 def layout(float: FloatFormat) -> tuple[int, int, int, float]:
@@ -90,8 +83,8 @@ def decode(parts, n, outputs, k, OPTIONS: tl.constexpr, BLOCK_K: tl.constexpr):
     inside = (n < outputs)[:, None] & (j < row_words)[None, :]
     word = tl.load(codes + n.to(tl.int64)[:, None] * row_words + j[None, :], inside, other=0)
     values = _spread(word.to(tl.int32), 0, 1, RUN, OPTIONS[1], OPTIONS[2], OPTIONS[3], OPTIONS[4])
-    at, inside = scales_at(n, outputs, k, inputs, stride, OPTIONS[6], BLOCK_K)
-    return rescaled(values, _scales(scale, at, inside, OPTIONS[5]))
+    row, block, inside = units(n, outputs, k, inputs, OPTIONS[6], BLOCK_K, BLOCK_K)
+    return rescaled(values, _scales(scale, row * stride + block, inside, OPTIONS[5]))
 
 
 @triton.jit

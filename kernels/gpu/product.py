@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qlib.qtensor import QTensor
@@ -53,7 +53,13 @@ class Packed:
     options: tuple
     step: int
     order: Tensor | None = None
-    order: Tensor | None = None
+
+
+def words(codes: UInt8[Tensor, "out bytes"]) -> tuple[Tensor, int, int]:
+    """(the same bytes as words, the bits of a word, words in a row): 32 bits, or 8 for odd rows."""
+    size = 8 if (codes.shape[1] | codes.storage_offset()) % 4 else 32
+    dtype = torch.uint8 if size == 8 else torch.int32
+    return codes.contiguous().view(-1).view(dtype), size, codes.shape[1] * 8 // size
 
 
 def reference(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
@@ -67,18 +73,18 @@ def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     Args:
         x: activations on the device of the weight, float16 or bfloat16; the sums are float32.
     """
-    return _product("gemv", x, weight)
+    return finish(*launch("gemv", x, weight), x.dtype)
 
 
 def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
     """Rung 3: a tile of weights is unpacked once for many rows of `x`. Arguments as `gemv`."""
-    return _product("gemm", x, weight)
+    return finish(*launch("gemm", x, weight), x.dtype)
 
 
-def _product(rung: str, x: Tensor, weight: Packed) -> Tensor:
-    launched, partial = launch(rung, x, weight)
+def finish(launched: Launch, partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Runs a kernel and adds up the partial sums [split, rows, out] that it writes."""
     launched.run()
-    return partial[0] if len(partial) == 1 else partial.sum(0).to(x.dtype)
+    return partial[0] if len(partial) == 1 else partial.sum(0).to(dtype)
 
 
 def launch(rung: str, x: Tensor, weight: Packed, **tiles: int) -> tuple[Launch, Tensor]:

@@ -33,7 +33,7 @@ BLOCKS = {"e8m0": 32, "e4m3": 16, "e4m3 over": 16}
 
 
 def why_not(x: QTensor, w: QTensor, capability: int) -> str | None:
-    """Why `scaled` cannot run, or None if it can.
+    """Why `scaled_product` cannot run, or None if it can.
 
     Args:
         x: activations [rows, in]; w: weight [out, in].
@@ -72,31 +72,34 @@ def native(x: QTensor, w: QTensor, capability: int) -> bool:
     return 100 <= capability < 120 or (capability >= 120 and same)
 
 
-def scaled(x: QTensor, w: QTensor) -> Float[Tensor, "rows out"]:
-    """`x.dequantize() @ w.dequantize().T` with sums in float32.
+def scaled_product(x: QTensor, w: QTensor, dtype: torch.dtype) -> Float[Tensor, "rows out"]:
+    """`x.dequantize() @ w.dequantize().T`, summed in float32.
 
     Args:
         x: activations [rows, in]; w: weight [out, in], on the same GPU.
+        dtype: of the result.
 
     Raises ValueError if the inner sizes differ, and for what `why_not` names.
     """
     major, minor = torch.cuda.get_device_capability(x.parts["codes"].device)
     capability = 10 * major + minor
     if reason := why_not(x, w, capability):
-        raise ValueError(f"scaled: {reason}; dequantize x and take `product`")
-    launched, y = launch(x, w, capability)
+        raise ValueError(f"scaled_product: {reason}; dequantize x and take `product`")
+    launched, y = launch(x, w, capability, dtype)
     launched.run()
     return y
 
 
-def launch(x: QTensor, w: QTensor, capability: int, **tiles: int) -> tuple[Launch, Tensor]:
+def launch(
+    x: QTensor, w: QTensor, capability: int, dtype: torch.dtype = torch.float32, **tiles: int
+) -> tuple[Launch, Tensor]:
     """(how the product runs, the [rows, out] that it will write); `tiles` replaces a choice."""
     (rows, inputs), (outputs, inner) = x.shape, w.shape
     if inputs != inner:
-        raise ValueError(f"scaled: x has {inputs} input features, weight is {[outputs, inner]}")
+        raise ValueError(f"scaled_product: x has {inputs} inputs, the weight {inner}")
     tiles = _tiles(rows, native(x, w, capability)) | tiles
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
-    y = torch.empty(rows, outputs, device=x.parts["codes"].device)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.parts["codes"].device)
     grid = (triton.cdiv(outputs, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"]))
     args = (_parts(x), _parts(w), y, rows, outputs, inputs)
     stored = {"X": x.format.grid.name, "W": w.format.grid.name, "BLOCK": _block(x)}
@@ -138,6 +141,7 @@ def scaled_kernel(
         total = tl.dot_scaled(left, left_scale, W, tl.trans(right), right_scale, X, total)
     total = _times(_times(total, w[2], W_SCALE), x[2], X_SCALE)
     at = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    total = total.to(y.dtype.element_ty)
     tl.store(at, total, (m < rows)[None, :] & (n < outputs)[:, None])
 
 

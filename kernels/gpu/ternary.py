@@ -30,6 +30,8 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
 from .launch import Launch
+from .product import finish
+from .scales import FLOATS
 
 ONE_243RD = tl.constexpr(-(-(2**32) // 243))
 ONE_THIRD, TWO_THIRDS = tl.constexpr(-(-(2**32) // 3)), tl.constexpr(-(-(2**33) // 3))
@@ -43,14 +45,9 @@ def why_not(q: QTensor) -> str | None:
         return f"the grid {q.format.grid.name} is not ternary"
     if q.format.block not in ("row", "tensor"):
         return f"a block of {q.format.block} is neither a row nor the tensor"
-    if q.format.scale not in (torch.float16, torch.bfloat16, torch.float32):
+    if q.format.scale not in FLOATS:
         return "the scale is not float16, bfloat16 or float32"
-    return None if q.format.offset is None else "it has an offset"
-
-
-def reference(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
-    """Rung 1, in plain torch: what the other rungs have to agree with."""
-    return x @ q.dequantize().to(x.dtype).T
+    return None if q.format.offset is None else "the weights have an offset"
 
 
 def gemv(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
@@ -60,18 +57,12 @@ def gemv(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
         x: activations on the device of `q`, float16 or bfloat16; the sums are float32.
         q: weight [out, in], if `why_not(q)` is None.
     """
-    return _product("gemv", x, q)
+    return finish(*launch("gemv", x, q), x.dtype)
 
 
 def gemm(x: Float[Tensor, "rows in"], q: QTensor) -> Float[Tensor, "rows out"]:
     """Rung 3: tensor cores multiply by -1, 0 and 1. Arguments as `gemv`."""
-    return _product("gemm", x, q)
-
-
-def _product(rung: str, x: Tensor, q: QTensor) -> Tensor:
-    launched, partial = launch(rung, x, q)
-    launched.run()
-    return partial[0] if len(partial) == 1 else partial.sum(0).to(x.dtype)
+    return finish(*launch("gemm", x, q), x.dtype)
 
 
 def launch(rung: str, x: Tensor, q: QTensor, **tiles: int) -> tuple[Launch, Tensor]:

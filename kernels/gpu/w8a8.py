@@ -22,13 +22,13 @@ from qlib import fit
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
+from .. import eight_bits
 from .encode import encode
 from .launch import Launch
 
 # Up to 64 rows are one tile (BLOCK_M grows with them), a narrow one so that there are many.
 FEW = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 256, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 MANY = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
 # Compute capability times ten with tensor cores for these codes, as far as Triton has them.
 NEEDS = {"int8": 80, "e4m3": 89}
 # So many products of -128 and -128 are 2^31, one too many for int32.
@@ -53,7 +53,7 @@ def scaled_product(x: QTensor, w: QTensor, dtype: torch.dtype) -> Float[Tensor, 
 
     Raises ValueError with the reason of `why_not`.
     """
-    if reason := _why_not_formats(x.format, w.format, tuple(x.shape), tuple(w.shape)):
+    if reason := _why_not_anywhere(x, w):
         raise ValueError(f"scaled_product: {reason}")
     launched, y = launch(x, w, dtype)
     launched.run()
@@ -85,29 +85,18 @@ def why_not(x: QTensor, w: QTensor, capability: int) -> str | None:
     Args:
         capability: its compute capability times ten.
     """
-    reason = _why_not_formats(x.format, w.format, tuple(x.shape), tuple(w.shape))
+    reason = _why_not_anywhere(x, w)
     if reason or capability >= NEEDS[w.format.grid.name]:
         return reason
     need, have = (f"{cc // 10}.{cc % 10}" for cc in (NEEDS[w.format.grid.name], capability))
     return f"tensor cores for {w.format.grid.name} start at cc {need}, this is {have}"
 
 
-@lru_cache(maxsize=256)
-def _why_not_formats(x, w, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str | None:
-    for name, format in (("x", x), ("the weight", w)):
-        if not isinstance(format, Scheme):
-            return f"{name} is {type(format).__name__}, not a Scheme"
-        if format.grid.name not in NEEDS or not format.is_standard or format.offset is not None:
-            return f"{name} is {format}: not int8 or e4m3 without an offset"
-        if format.block not in ("row", "tensor") or format.scale not in SCALES:
-            return f"{name} is {format}: not one floating-point scale for a row or the tensor"
-    if x.grid.name != w.grid.name:
-        return f"x has {x.grid.name} codes, the weight {w.grid.name}"
-    if len(x_shape) != 2 or len(w_shape) != 2 or x_shape[1] != w_shape[1]:
-        return f"x is {list(x_shape)}, the weight {list(w_shape)}: inputs differ"
-    if x.grid.name == "int8" and x_shape[1] >= INT32_INPUTS:
-        return f"sums of {x_shape[1]} products may leave int32"
-    return None
+def _why_not_anywhere(x: QTensor, w: QTensor) -> str | None:
+    if reason := eight_bits.why_not(x, w):
+        return reason
+    long = w.format.grid.name == "int8" and x.shape[1] >= INT32_INPUTS
+    return f"sums of {x.shape[1]} products may leave int32" if long else None
 
 
 def candidates(rows: int) -> list[dict[str, int]]:
