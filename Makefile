@@ -27,17 +27,22 @@ $(SITE): | $(STAMP)
 serve: $(SITE)
 	$(PY) tools/build_site.py --serve $(PORT)
 
-# Beside other libraries, in one run: speed of formats, of ggml's blocks, then quality and speed of methods. The last takes an
-# hour or two and 6 GB for the peers; METHODS="--bits 4 --group 128 --only GPTQ" measures a part of it.
+# Beside other libraries, in one run: speed of formats, of ggml's blocks, of products with packed weights, then quality and
+# speed of methods. The last takes an hour or two and 6 GB for the peers; METHODS="--bits 4 --group 128 --only GPTQ" measures
+# a part of it.
 bench: $(VENV)/bench
 	$(PY) tools/bench.py
 	$(PY) tools/bench_ggml.py
+	$(PY) tools/bench_kernels.py --json
 	$(PY) tools/bench_methods.py $(METHODS)
 
-# The tests that need an NVIDIA GPU.
+# The tests that need an NVIDIA GPU, then speeds, to book/results/gpu_<card>.json: less than nine minutes together.
 gpu: $(STAMP)
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device')"
-	$(PY) -m pytest -q tests/gpu
+	@start=$$(date +%s); status=0; \
+	timeout 240 $(PY) -m pytest -q -n 4 tests/gpu || status=1; \
+	$(PY) tools/bench_gpu.py --seconds $$((490 - $$(date +%s) + start)) || status=1; \
+	exit $$status
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

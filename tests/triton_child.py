@@ -51,6 +51,22 @@ def _call(function: Callable, arguments: tuple, environment: dict[str, str]) -> 
     return json.loads(run.stdout)
 
 
+def facts(launch, capability: int, **patterns: str) -> dict:
+    """What a launch compiles to for a GPU: its PTX, and how often each pattern stands in it.
+
+    Besides: how many "wide" loads, the names of its products on "tensor cores", and the bytes that
+    are "spilled". Local memory of any kind counts as spilled.
+    """
+    ptx = launch.compiled(capability)["ptx"]
+    found = {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
+    return found | {
+        "ptx": ptx,
+        "wide": len(re.findall(WIDE_LOAD, ptx)),
+        "tensor cores": sorted(set(re.findall(rf"(?:{TENSOR_CORE})[\w.:]*", ptx))),
+        "spilled": spilled_bytes(ptx) + ptx.count(".local"),
+    }
+
+
 def spilled_bytes(ptx: str) -> int:
     """Bytes that NVIDIA's assembler moves between registers and local memory for `ptx`."""
     import triton
@@ -61,13 +77,7 @@ def spilled_bytes(ptx: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [
-            ptxas,
-            "-v",
-            f"--gpu-name=sm_{target}",
-            source,
-            "-o",
-            Path(folder, "kernel.cubin"),
-        ]
+        output = Path(folder, "kernel.cubin")
+        command = [ptxas, "-v", f"--gpu-name=sm_{target}", source, "-o", output]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(map(int, re.findall(r"(\d+) bytes spill", report)))

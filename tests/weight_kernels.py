@@ -1,18 +1,55 @@
-"""What tests of weight-only formats share: a kernel that only decodes, errors of products, and what
-is in compiled code. All of it runs in the child process of `triton_child`."""
+"""What tests of GPU kernels for weights share: weights and wrong weights, a kernel that only
+decodes, and errors of products. Kernels run in the child process of `triton_child`."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
-from triton_child import TENSOR_CORE, WIDE_LOAD, spilled_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_child import facts
 
+import qlib
 from qlib.kernels.gpu.product import Packed, gemm, gemv, launch, reference
-from qlib.qtensor import QTensor
+from qlib.qtensor import Format, QTensor
+
+RUNGS = {"gemv": gemv, "gemm": gemm}
+# The sides of a layer whose products are compiled.
+LAYER = (4096, 4096)
+
+
+def weight(format: Format | str, outputs: int, inputs: int) -> QTensor:
+    """Random numbers, but for a first one that is large, so that a wrong code or scale shows."""
+    values = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    values[0, 0] = 2
+    return qlib.quantize(values, format)
+
+
+def zeros(format: Format | str, *shape: int) -> QTensor:
+    """A weight to compile for: zeros in all stored tensors."""
+    format = qlib.format(format) if isinstance(format, str) else format
+    layout = format.layout(shape).items()
+    return QTensor(
+        format, shape, {part: torch.zeros(size, dtype=dtype) for part, (dtype, size) in layout}
+    )
+
+
+def flipped(q: QTensor, name: str, mask: int, byte: int | None = None) -> QTensor:
+    """`q` with bits of one byte of a part turned over: by default the last of its first element."""
+    part = q.parts[name].clone()
+    part.view(-1).view(torch.uint8)[part.element_size() - 1 if byte is None else byte] ^= mask
+    return QTensor(q.format, q.shape, q.parts | {name: part})
+
+
+def twins(q: QTensor) -> list[QTensor]:
+    """`q` with another high bit of the first code, and of each part of its scale or zero point."""
+    others = [part for part in q.parts if part.startswith(("scale", "zero_point"))]
+    sign = flipped(q, "codes", 2 ** (q.format.grid.bits - 1))
+    return [sign, *(flipped(q, part, 4) for part in others)]
 
 
 @triton.jit
@@ -28,48 +65,65 @@ def tile_kernel(
     tl.store(y + n[:, None] * inputs + at[None, :], values, inside)
 
 
-def tiles(weight: Packed, block: int = 64) -> torch.Tensor:
-    """The weight as the kernels decode it, in tiles of 64 rows and `block` inputs."""
+def tiles(weight: Packed, rows: int = 64, block: int = 64) -> torch.Tensor:
+    """The weight as the kernels decode it, in tiles of `rows` outputs and `block` inputs."""
     outputs, inputs = weight.shape
     y = torch.full(weight.shape, 7e7)
-    grid = (triton.cdiv(outputs, 64), triton.cdiv(inputs, block))
-    tile_kernel[grid](weight.parts, y, outputs, inputs, weight.decode, weight.options, 64, block)
+    grid = (triton.cdiv(outputs, rows), triton.cdiv(inputs, block))
+    tile_kernel[grid](weight.parts, y, outputs, inputs, weight.decode, weight.options, rows, block)
     return y
 
 
-def flipped(q: QTensor, name: str, bit: int) -> QTensor:
-    """`q` with one bit of the last byte of the first element of a part turned over."""
-    part = q.parts[name].clone()
-    part.view(-1)[:1].view(torch.uint8)[-1] ^= bit
-    return QTensor(q.format, q.shape, q.parts | {name: part})
+Product = Callable[[torch.Tensor, QTensor], torch.Tensor]
 
 
-def errors(module: ModuleType, q: QTensor, rung: str, rows: int, flips=()) -> list:
-    """[the kernel's error, its error after each flip (part, bit), twice torch's]."""
-    x = torch.randn(64, q.shape[1], generator=torch.Generator().manual_seed(1)).half()
-    # What is flipped is in the first block of the first row.
+def errors(product: Product, q: QTensor, rows: int, twins: list[QTensor] = ()) -> list:
+    """[the error of a product with `rows` rows, with each wrong weight, twice torch's own]."""
+    x = torch.randn(max(64, rows), q.shape[1], generator=torch.Generator().manual_seed(1)).half()
+    # What is wrong in a twin is in the first block of the first row.
     x[0, 0] = 8
     exact = x.double() @ q.dequantize().double().T
     budget = 2 * (reference(x, q) - exact).abs().max().item()
     x, exact = x[:rows], exact[:rows]
-
-    def error(q: QTensor) -> float:
-        y = {"gemv": gemv, "gemm": gemm}[rung](x, module.packed(q))
-        return (y - exact).abs().max().item()
-
-    return [error(q), [error(flipped(q, *flip)) for flip in flips], budget]
+    found = [(product(x, weight) - exact).abs().max().item() for weight in (q, *twins)]
+    return [found[0], found[1:], budget]
 
 
-def facts(module: ModuleType, q: QTensor, rung: str, rows: int, dtype: str, capability: int):
-    """What is in the code of `rung` for `rows` rows of activations."""
-    x = torch.zeros(rows, q.shape[1], dtype=getattr(torch, dtype))
-    ptx = launch(rung, x, module.packed(q))[0].compiled(capability)["ptx"]
-    return {
-        "wide": len(re.findall(WIDE_LOAD, ptx)),
-        "tensor core": bool(re.search(TENSOR_CORE, ptx)),
-        "spilled": spilled_bytes(ptx),
-        "local": ".local" in ptx,
-        "ftz": ".ftz" in ptx,
-        "pairs": len(re.findall(r"ld\.global\.b64|cp\.async\.ca\.shared\.global[^;]*0x8, ", ptx)),
-        "fp8": bool(re.search(r"e4m3x2|e5m2x2", ptx)),
-    }
+def products_of(module: ModuleType, rung: str) -> Product:
+    return lambda x, q: RUNGS[rung](x, module.packed(q))
+
+
+def both_rungs(module: ModuleType, cases: list, formats: dict[str, Format]) -> dict[str, list]:
+    """`errors` of both rungs for cases (format, outputs, inputs, rows of activations)."""
+    found = {}
+    for case in cases:
+        name, outputs, inputs, rows = case
+        q = weight(formats.get(name, name), outputs, inputs)
+        for rung in RUNGS:
+            found[f"{rung} {case}"] = errors(products_of(module, rung), q, rows, twins(q))
+    return found
+
+
+def drawn(product: Product, names: list[str], examples: int = 10) -> int:
+    """How many products of random shapes were within their budgets: all that were tried."""
+    tried = []
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(names), *3 * [st.integers(1, 90)])
+    def one(name, outputs, inputs, rows):
+        error, _, budget = errors(product, weight(name, outputs, inputs), min(rows, 64))
+        assert error <= budget
+        tried.append(name)
+
+    one()
+    return len(tried)
+
+
+def layer_facts(
+    module: ModuleType, format: Format | str, rung: str, rows: int, dtype: str, capability: int,
+    **patterns: str,
+) -> dict:  # fmt: skip
+    """`facts` of the product of `rows` rows of activations with a whole layer."""
+    x = torch.zeros(rows, LAYER[1], dtype=getattr(torch, dtype))
+    found = launch(rung, x, module.packed(zeros(format, *LAYER)))[0]
+    return facts(found, capability, **patterns)

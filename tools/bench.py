@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 import qlib
+from qlib.kernels.measure import fastest
 
 
 def contestants(weight: torch.Tensor, group: int) -> dict[str, Callable[[], object]]:
@@ -75,17 +74,6 @@ def print_four_bit_floats(weight: torch.Tensor, rounds: int) -> None:
         ours, theirs = best[name, 0], best[name, 1]
         speeds = [weight.numel() / seconds / 1e6 for seconds in (ours, theirs)]
         print(f"{name:24}{speeds[0]:12.0f}{speeds[1]:16.0f}{theirs / ours:14.2f}")
-
-
-def fastest(calls: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
-    """Seconds of each call's fastest round; the rounds are interleaved."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 CAPTURE = {"capture_output": True, "text": True, "check": True}

@@ -14,9 +14,9 @@ import os
 import libgguf
 import numpy as np
 import torch
-from bench import fastest
 
 from qlib import ggml
+from qlib.kernels.measure import fastest
 
 
 def measure(name: str, x: np.ndarray, importance, rounds: int) -> dict[str, object]:
