@@ -24,7 +24,7 @@ from . import dequantize
 
 # Up to this many rows of activations, unpacking a weight again for every row costs less than
 # writing it out once: `make bench` shows both.
-CPU_GEMV_ROWS = 3
+CPU_GEMV_ROWS = 8
 # A fallback to fewer rows is worth a warning: they are why somebody quantized.
 FEW_ROWS = 16
 DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16)}

@@ -22,7 +22,7 @@ BYTES = 1 << 28
 # A GPU's times cover at least so many seconds, so that a launch does not count.
 SPAN = 4e-3
 # Calls of a graph. The time of one by itself says little if it is less than SLOW: Python's.
-CALLS, SLOW = 128, 3e-4
+CALLS, SLOW = 64, 5e-4
 
 
 def fastest(calls: dict[Any, Callable[[], object]], rounds: int = 7) -> dict[Any, float]:
@@ -59,8 +59,8 @@ def in_rotation(call: Callable[[Any], object], operands: Sequence[Any]) -> Calla
 
 
 def copies(size: int, device: str | torch.device = "cpu") -> int:
-    """How many operands of `size` bytes no cache holds together."""
-    return 2 + cache_size(device) // size
+    """How many operands of `size` bytes are twice what a cache could hold, so that it has none."""
+    return 2 + 2 * cache_size(device) // size
 
 
 def cache_size(device: str | torch.device = "cpu") -> int:
