@@ -17,7 +17,7 @@ book: $(STAMP)
 
 # Unit, property, documentation and kernel tests; then every notebook is recomputed and compared.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(TESTS)
 	$(PY) tools/nbtest.py
 
 $(SITE): | $(STAMP)

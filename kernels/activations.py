@@ -87,3 +87,5 @@ def _check(x: QTensor, w: QTensor) -> None:
         raise ValueError(f"matmul: x is {list(x.shape)}, weight is {list(w.shape)}: inputs differ")
     if _device(x) != _device(w):
         raise ValueError(f"matmul: x is on {_device(x)}, the weight on {_device(w)}")
+    for q in (x, w):
+        dispatch.check_parts(q, _device(w))

@@ -143,7 +143,7 @@ class Product:
 
 
 def explain(x: Float[Tensor, "*batch in"] | QTensor, q: QTensor) -> str:
-    """The kernel that `matmul(x, q)` would run, and for each other one why it does not apply.
+    """The kernel that `matmul(x, q)` would run, and for each one before it why it does not apply.
 
     >>> import qlib
     >>> print(qlib.kernels.explain(torch.ones(2, 64), qlib.quantize(torch.ones(8, 64), "int8")))
@@ -240,14 +240,23 @@ def _check(x: Tensor, q: QTensor) -> None:
         raise ValueError(f"matmul: x has {features}, weight is {shape}")
     if not x.is_floating_point():
         raise ValueError(f"matmul: x is {_name(x.dtype)}, need floating point")
-    for name, (dtype, size) in _layout(q.format, tuple(q.shape)).items():
+    check_parts(q, x.device)
+
+
+def check_parts(q: QTensor, device: torch.device) -> None:
+    """Raise ValueError unless `q` has exactly the stored tensors of its format, on that device."""
+    shape, layout = list(q.shape), _layout(q.format, tuple(q.shape))
+    if q.parts.keys() != layout.keys():
+        have, need = sorted(q.parts), sorted(layout)
+        raise ValueError(f"matmul: a weight of {shape} has the parts {need}, got {have}")
+    for name, (dtype, size) in layout.items():
         part = q.parts[name]
         # Compiled code checks no bounds: a part of another size must not reach it.
         if part.dtype != dtype or part.shape != size:
             stored, need = f"{_name(part.dtype)} {list(part.shape)}", f"{_name(dtype)} {list(size)}"
             raise ValueError(f"matmul: {name} is {stored}, a weight of {shape} has {need}")
-        if part.device != x.device:
-            raise ValueError(f"matmul: x is on {x.device}, {name} is on {part.device}")
+        if part.device != device:
+            raise ValueError(f"matmul: x is on {device}, {name} is on {part.device}")
 
 
 @lru_cache(maxsize=256)

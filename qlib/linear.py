@@ -52,9 +52,9 @@ class QLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.format, self._format_name = weight.format, operator.name_of(weight.format)
         # Buffer names may not hold dots; part names ("scale.codes") do.
-        self._names = {part: part.replace(".", "_") for part in weight.parts}
-        for part, tensor in weight.parts.items():
-            self.register_buffer(self._names[part], tensor)
+        self._names = {part: part.replace(".", "_") for part in weight.format.layout(weight.shape)}
+        for part, name in self._names.items():
+            self.register_buffer(name, weight.parts[part])
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._product, self._product_of = None, ()
 

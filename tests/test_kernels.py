@@ -254,6 +254,9 @@ def test_a_layer_sees_that_its_weight_changed():
     assert torch.equal(copied(x), first)
 
 
+EXTRA = "a weight of [64, 128] has the parts ['codes', 'scale'], got ['codes', 'grid', 'scale']"
+
+
 def test_errors_name_what_does_not_fit():
     q = quantized((64, 128), "int4-g32")
     parts = {**q.parts, "codes": q.parts["codes"][:, :-1]}
@@ -266,6 +269,7 @@ def test_errors_name_what_does_not_fit():
         (randn(2, 128).to("meta"), q, "x is on meta, codes is on cpu"),
         (randn(2, 5), quantized((2, 3, 5), "int4"), "weight is [2, 3, 5], need [out, in]"),
         (randn(2, 128), QTensor(q.format, q.shape, parts), short),
+        (randn(2, 128), QTensor(q.format, q.shape, parts | {"grid": torch.ones(1)}), EXTRA),
         (
             randn(2, 128),
             QTensor(q.format, q.shape, wide),

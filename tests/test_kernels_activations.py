@@ -58,6 +58,9 @@ def test_sides_that_do_not_match_are_refused():
     x, w = (activations.quantize(randn(2, n), qlib.format("int8-row")) for n in (64, 63))
     with pytest.raises(ValueError, match=r"^matmul: x is \[2, 64\], weight is \[2, 63\]: inputs "):
         kernels.matmul(x, w)
+    short = QTensor(x.format, x.shape, {**x.parts, "codes": x.parts["codes"][:, :-1]})
+    with pytest.raises(ValueError, match=r"^matmul: codes is uint8 \[2, 63\], a weight of "):
+        kernels.matmul(short, x)
     there = QTensor(x.format, x.shape, {k: v.to("meta") for k, v in x.parts.items()})
     with pytest.raises(ValueError, match=r"^matmul: x is on meta, the weight on cpu$"):
         kernels.matmul(there, x)

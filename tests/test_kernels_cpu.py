@@ -14,14 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
+from numba.core.errors import TypingError
 from product_errors import budget, error, flip, quantized, randn
 
 import qlib
 from qlib import fit
+from qlib.ggml.block import BlockFormat, GgmlType
 from qlib.grid import GRIDS, Grid
 from qlib.kernels.cpu import ggml, integer8, nibbles, product, simd, ternary, threads
 from qlib.qtensor import QTensor
-from qlib.scheme import Scheme
+from qlib.scheme import Divisor, Scheme
 
 LEARNED = Scheme(Grid("learned", torch.linspace(-2, 1, 11)), 64, fit.absmax, torch.bfloat16)
 FORMATS = {
@@ -152,6 +154,13 @@ def test_special_activations_and_zero_blocks(rung):
         assert torch.equal(y.isinf(), want.isinf())
 
 
+# A type that calls itself Q8_0, with blocks of 16 weights in 16 bytes.
+TINY = BlockFormat(
+    GgmlType("Q8_0", 8, 16, 16),
+    lambda x, importance: np.zeros(x.shape, np.uint8),
+    lambda raw, out: np.copyto(out, raw),
+)
+DIVIDED = Scheme(qlib.format("mxfp4").grid, 32, fit.absmax, scale=Divisor(torch.float32))
 BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint8"])
 
 
@@ -173,6 +182,9 @@ BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint
         (integer8, "q8_0", "BlockFormat is not a Scheme"),
         (ggml, "int4", "the format is not ggml's Q4_K, Q6_K or Q8_0"),
         (ggml, "q5_k", "the format is not ggml's Q4_K, Q6_K or Q8_0"),
+        (ggml, TINY, "the format is not ggml's Q4_K, Q6_K or Q8_0"),
+        (nibbles, DIVIDED, "the scale divides"),
+        (integer8, dataclasses.replace(DIVIDED, grid=GRIDS["int8"]), "the scale divides"),
         (ternary, "int2-row", "the weights are not ternary"),
         (
             ternary,
@@ -190,23 +202,31 @@ def test_why_not(module, format, reason):
     assert module.why_not(quantized((4, 256), format)) == reason
 
 
-def test_threads_share_the_rows_and_survive_a_fork(monkeypatch):
+OPENMP = [None, threads._openmp()]
+
+
+@pytest.mark.parametrize("openmp", OPENMP, ids=["pool", "openmp"])
+def test_threads_share_the_rows(openmp, monkeypatch):
     q = quantized((50, 96), "int4-g32")
     x, packed = randn(2, 96), nibbles.packed(q)
     alone = product.gemv(x, packed)
+    monkeypatch.setattr(threads, "_openmp", lambda: openmp)
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    seen = set()
-    threads.by_rows(lambda *rows: seen.add((threading.get_ident(), *rows)), 50, 50)
+    seen = []
+    threads.by_rows(lambda *rows: seen.append((threading.get_ident(), *rows)), 50, 50)
     assert sorted(rows for _, *rows in seen) == [[0, 16], [16, 33], [33, 50]]
-    assert torch.equal(product.gemv(x, packed), alone)
+    for _ in range(20):
+        assert torch.equal(product.gemv(x, packed), alone)
     child = os.fork()
     if child == 0:
         os._exit(0 if torch.equal(product.gemv(x, packed), alone) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_thread_that_fails_says_so(monkeypatch):
+@pytest.mark.parametrize("openmp", OPENMP, ids=["pool", "openmp"])
+def test_a_thread_that_fails_says_so(openmp, monkeypatch):
+    monkeypatch.setattr(threads, "_openmp", lambda: openmp)
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -216,18 +236,62 @@ def test_a_thread_that_fails_says_so(monkeypatch):
 
     with pytest.raises(MemoryError, match=r"^the second half$"):
         threads.by_rows(work, 10, 10)
+    threads.by_rows(lambda *rows: None, 10, 10)
+    assert not threads._jobs
+
+
+def test_several_python_threads_may_multiply_at_once(monkeypatch):
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    q = quantized((64, 128), "nf4")
+    x, packed = randn(1, 128), nibbles.packed(q)
+    want, wrong = product.gemv(x, packed), []
+
+    def again() -> None:
+        wrong.extend(1 for _ in range(50) if not torch.equal(product.gemv(x, packed), want))
+
+    callers = [threading.Thread(target=again) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("rung", [*RUNGS, ternary.additions])
+def test_activations_of_another_width_are_refused(rung):
+    packed = ternary.packed(quantized((4, 64), "ternary"))
+    with pytest.raises(ValueError, match=r"^product: x is \[1, 63\], weight is \[4, 64\]$"):
+        rung(randn(1, 63), packed)
+
+
+def test_vectors_are_read_only_from_what_lies_as_they_do():
+    first = njit(lambda array: simd.total(simd.load(array, 0)))
+    assert first(np.ones(16, np.float32)) == 16
+    for array in (np.ones(16), np.ones(16, np.int8), np.ones(32, np.float32)[::2]):
+        with pytest.raises(TypingError):
+            first(array)
+
+
+def test_a_lookup_is_one_instruction_where_registers_are_wide():
+    look = njit(lambda t, b: simd.total(simd.lookup(simd.load(t, 0), simd.load_bytes(b, 0))))
+    table, index = np.arange(16, dtype=np.float32), np.arange(16, dtype=np.uint8)
+    assert look(table, index) == table.sum()
+    code = next(iter(look.inspect_asm().values()))
+    assert ("vpermps" in code or "vpermd" in code) or not simd.WIDE
 
 
 @njit
 def arithmetic(x, y, index):
     a, b, i = simd.load(x, 0), simd.load(y, 0), simd.load_bytes(index, 0)
-    low = simd.lookup(a, i & 15)
-    out = np.empty(16 * 5, np.float32)
+    low = simd.lookup(a, i)
+    out = np.empty(16 * 6, np.float32)
     simd.store(out, 0, a + b * simd.splat(np.float32(3)))
     simd.store(out, 16, a - b)
     simd.store(out, 32, low)
     simd.store(out, 48, simd.floats((i * 3) - (i >> 2)))
     simd.store(out, 64, simd.two_halves(np.float32(1), np.float32(2)))
+    simd.store(out, 80, simd.lookup_two(a, b, i))
     return out, simd.total(a)
 
 
@@ -238,7 +302,8 @@ def check_vectors() -> None:
     out, total = arithmetic(x, y, index)
     whole = index.astype(int)
     want = [x + y * 3, x - y, x[whole % 16], whole * 3 - whole // 4, [1] * 8 + [2] * 8]
-    assert np.allclose(out.reshape(5, 16), want, rtol=1e-6, atol=1e-6)
+    want.append(np.concatenate((x, y))[whole % 32])
+    assert np.allclose(out.reshape(6, 16), want, rtol=1e-6, atol=1e-6)
     assert abs(total - x.sum()) < 1e-5
 
 

@@ -178,7 +178,7 @@ REASONS = [
 ]
 
 
-@pytest.mark.parametrize(("names", "reason"), REASONS, ids=str)
+@pytest.mark.parametrize(("names", "reason"), REASONS, ids=range(len(REASONS)))
 def test_why_not(names, reason):
     formats = [qlib.format(name) if isinstance(name, str) else name for name in names]
     x, w = (format.quantize(torch.ones(2, 64)) for format in formats)

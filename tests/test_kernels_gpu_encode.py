@@ -11,9 +11,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-import triton_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_child import CAPABILITIES, compiled, facts, interpreted
 
 import qlib
 from qlib import fit, grid
@@ -88,7 +88,7 @@ CASES = [(name, kind) for name in FORMATS for kind in INPUTS]
 ANY = {"e2m1, float32", "uint8, float32", "fp8_e4m3", "fp8_e5m2", "mxfp4", "mxfp8_e4m3", "nvfp4"}
 
 
-def interpreted() -> dict:
+def everything() -> dict:
     """All that runs in the interpreter: bytes in hex by case, and what the functions below find."""
     with np.errstate(all="ignore"):
         found = {"shapes": every_shape(), "finite": not_finite()}
@@ -110,7 +110,7 @@ def run(x: torch.Tensor, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def kernel():
-    return triton_child.interpreted(interpreted)
+    return interpreted(everything)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=str)
@@ -266,25 +266,27 @@ def test_what_is_not_finite_shows(kernel):
 
 # -- Compiled --------------------------------------------------------------------------------------
 
-ALL = ("int8-row", "int4-g32-asym", "nvfp4")
-BUILDS = [(name, cc, "float16", 4096) for name in ALL for cc in triton_child.CAPABILITIES]
-REST = ("fp8_e4m3", "int4-g32", "mxfp4", "mxfp8_e4m3")
-BUILDS += [(name, cc, "float16", 4096) for name in REST for cc in (75, 90)]
-BUILDS += [(name, 90, dtype, 4096) for name in ALL for dtype in ("bfloat16", "float32")]
-BUILDS += [("int8-row", cc, "float16", 28672) for cc in (75, 90)]
+# (format, capability, dtype, inputs).
+BUILDS = [("int8-row", cc, "float16", 4096) for cc in CAPABILITIES]
+MORE = ("int4-g32-asym", "nvfp4", "mxfp4")
+BUILDS += [(name, cc, "float16", 4096) for name in MORE for cc in (75, 120)]
+BUILDS += [(name, 90, "bfloat16", 4096) for name in ("nvfp4", "fp8_e4m3", "mxfp8_e4m3")]
+BUILDS += [(name, 90, "float32", 4096) for name in ("int4-g32-asym", "int4-g32")]
+BUILDS += [("int8-row", 90, "float16", 28672)]
+PATTERNS = {"divisions": r"\bdiv\.\S*f32", "exact": r"\bdiv\.rn\.f32", "fused": "fma"}
+PATTERNS |= {"careless": r"\.ftz|\.approx|rcp\.", "stores": r"st\.global\.v[24]\.b32"}
 
 
-def assembly() -> dict:
-    """In the compiler: what each build's kernels contain, and bytes that the last one spills."""
+def assembled() -> dict:
+    """In the compiler: what the last of each build's kernels, and two divisions, contain."""
     found = {}
-    for name, cc, dtype, columns in BUILDS:
+    for build in BUILDS:
+        name, cc, dtype, columns = build
         x = torch.empty(16, columns, dtype=getattr(torch, dtype))
-        kernels = encode.launches(x, FORMATS[name])[0]
-        ptx = [kernel.compiled(cc)["ptx"] for kernel in kernels]
-        # The assembler is the slow part: one architecture of each kind.
-        spilled = sum(map(triton_child.spilled_bytes, ptx)) if cc in (75, 90) else 0
-        found[f"{name} {cc} {dtype} {columns}"] = ["\n".join(ptx), spilled]
-    return found | {"approximate": divided("/"), "exact": divided("div_rn")}
+        launched = encode.launches(x, FORMATS[name])[0][-1]
+        found[str(build)] = facts(launched.compiled(cc), **PATTERNS)
+    found["amax"] = facts(encode.launches(x, FORMATS["nvfp4"])[0][0].compiled(90))
+    return found | {"approximate": divided(False), "exact": divided(True)}
 
 
 @triton.jit
@@ -293,39 +295,43 @@ def divide_kernel(x, y, EXACT: tl.constexpr):
     tl.store(x, tl.div_rn(a, b) if EXACT else a / b)
 
 
-def divided(how: str) -> list:
+def divided(exact: bool) -> dict:
     from qlib.kernels.gpu.launch import Launch
 
-    x, exact = torch.empty(1), {"EXACT": how == "div_rn"}
-    return [Launch(divide_kernel, (1,), (x, x), exact).compiled(90)["ptx"], 0]
+    x = torch.empty(1)
+    code = Launch(divide_kernel, (1,), (x, x), {"EXACT": exact}).compiled(90)
+    return facts(code, **PATTERNS, full=r"div\.full\.f32")
 
 
 @pytest.fixture(scope="module")
-def built():
-    return triton_child.compiled(assembly)
+def code():
+    return compiled(assembled)
 
 
-def is_exact(ptx: str) -> bool:
-    divisions = set(re.findall(r"\bdiv\.\S*f32", ptx))
-    return divisions == {"div.rn.f32"} and not re.search(r"\.ftz|\.approx|rcp\.", ptx)
+def is_exact(found: dict) -> bool:
+    return found["divisions"] == found["exact"] > 0 == found["careless"]
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=lambda build: " ".join(map(str, build)))
-def test_compiled(built, build):
-    ptx, spilled = built[" ".join(map(str, build))]
-    assert is_exact(ptx)
+@pytest.mark.parametrize("build", BUILDS, ids=str)
+def test_machine_code(code, build):
+    found = code[str(build)]
+    assert is_exact(found)
     # Integers are rounded by additions alone; floats by a sum with a power of two times a number.
-    assert ("fma" in ptx) == bool(FORMATS[build[0]].grid.name.startswith("e"))
-    assert re.search(triton_child.WIDE_LOAD, ptx)
-    assert re.search(r"st\.global\.v[24]\.b32", ptx)
-    assert ".local" not in ptx
-    assert spilled == 0
+    assert (found["fused"] > 0) == FORMATS[build[0]].grid.name.startswith("e")
+    assert found["wide"] > 0
+    assert found["stores"] > 0
+    assert found["stack"] == 0
 
 
-def test_a_plain_division_is_not_exact(built):
-    assert is_exact(built["exact"][0])
-    assert not is_exact(built["approximate"][0])
-    assert "div.full.f32" in built["approximate"][0]
+def test_machine_code_of_the_largest_magnitude(code):
+    assert code["amax"]["wide"] > 0
+    assert code["amax"]["stack"] == 0
+
+
+def test_a_plain_division_is_not_exact(code):
+    assert is_exact(code["exact"])
+    assert not is_exact(code["approximate"])
+    assert code["approximate"]["full"] == 1
 
 
 # -- What it does not take -------------------------------------------------------------------------

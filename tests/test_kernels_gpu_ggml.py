@@ -63,7 +63,7 @@ def decoded() -> dict[str, int | list[int]]:
         large = qtensor(name, random_blocks(name, 8, 2048))
         found |= {f"{name} {block}": unequal(small, small, block) for block in TILES}
         found[f"{name} large"] = unequal(large, large)
-        found[f"{name} flipped"] = [unequal(twin, large) for twin in twins(large)]
+        found[f"{name} flipped"] = [unequal(twin, small) for twin in twins(small)]
     return found
 
 
@@ -78,7 +78,7 @@ def unequal(q: QTensor, wanted: QTensor, block: int = 256) -> int:
 def measure(name: str, rung: str, outputs: int, blocks: int, rows: int) -> list:
     q = weight(name.lower(), outputs, blocks * FORMATS[name.lower()].kind.block)
     # With more outputs the error that is allowed is larger: a scale among many may pass.
-    wrong = twins(q) if outputs < 8 else twins(q)[:1]
+    wrong = twins(q) if rung == "gemv" and outputs < 8 else twins(q)[:1]
     return errors(products_of(ggml, rung), q, rows, wrong)
 
 
@@ -115,18 +115,14 @@ def test_products(measured, name, case):
 TARGETS = [("Q4_K", "gemv", 1, "float16", cc) for cc in CAPABILITIES]
 TARGETS += [("Q4_K", "gemm", 16, "bfloat16", cc) for cc in CAPABILITIES[1:]]
 TARGETS += [("Q6_K", "gemv", 1, "bfloat16", cc) for cc in (75, 120)]
-TARGETS += [("Q6_K", "gemm", 16, "float16", cc) for cc in (75, 100)]
-TARGETS += [("Q4_K", "gemm", 512, "float16", 90), ("Q5_K", "gemm", 16, "float16", 80)]
+TARGETS += [("Q6_K", "gemm", 16, "float16", 100), ("Q5_K", "gemm", 16, "float16", 80)]
 TARGETS += [(name, "gemv", 1, "float16", 90) for name in ("Q4_0", "Q8_0", "TQ2_0", "Q5_K")]
 
 
 def assembled() -> dict[str, dict]:
+    formats = {name: name.lower() for name in HALVES}
     loads = {"bytes": r"ld\.global\.b8", "pairs": r"ld\.global\.b16"}
-    return {
-        str(target): layer_facts(ggml, name.lower(), *more, **loads)
-        for target in TARGETS
-        for name, *more in [target]
-    }
+    return layer_facts(ggml, TARGETS, formats, **loads)
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +132,10 @@ def code():
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_machine_code(code, target):
-    name, rung, *_, capability = target
+    name, rung, *_ = target
     found = code[str(target)]
-    assert found["spilled"] == 0
-    assert bool(found["tensor cores"]) == (rung == "gemm" and capability >= 80)
+    assert found["stack"] == 0
+    assert bool(found["tensor cores"]) == (rung == "gemm")
     if name in ("Q4_K", "Q5_K"):
         assert found["wide"] > 0
         assert found["bytes"] == 0

@@ -51,33 +51,30 @@ def _call(function: Callable, arguments: tuple, environment: dict[str, str]) -> 
     return json.loads(run.stdout)
 
 
-def facts(launch, capability: int, **patterns: str) -> dict:
-    """What a launch compiles to for a GPU: its PTX, and how often each pattern stands in it.
+def facts(code: dict[str, Any], **patterns: str) -> dict:
+    """How often each pattern stands in the PTX of what `Launch.compiled` returns, and three more.
 
-    Besides: how many "wide" loads, the names of its products on "tensor cores", and the bytes that
-    are "spilled". Local memory of any kind counts as spilled.
+    These are how many loads are "wide", the names of the products on "tensor cores", and the bytes
+    of a thread's "stack", where registers spill.
     """
-    ptx = launch.compiled(capability)["ptx"]
+    ptx = code["ptx"]
     found = {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
     return found | {
-        "ptx": ptx,
         "wide": len(re.findall(WIDE_LOAD, ptx)),
         "tensor cores": sorted(set(re.findall(rf"(?:{TENSOR_CORE})[\w.:]*", ptx))),
-        "spilled": spilled_bytes(ptx) + ptx.count(".local"),
+        "stack": stack_bytes(code["cubin"]),
     }
 
 
-def spilled_bytes(ptx: str) -> int:
-    """Bytes that NVIDIA's assembler moves between registers and local memory for `ptx`."""
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory that machine code uses for each thread."""
     import triton
 
-    target = re.search(r"\.target sm_(\d+\w*)", ptx)[1]
-    name = "ptxas-blackwell" if int(re.match(r"\d+", target)[0]) >= 100 else "ptxas"
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        output = Path(folder, "kernel.cubin")
-        command = [ptxas, "-v", f"--gpu-name=sm_{target}", source, "-o", output]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [program, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack, local = re.search(r"STACK:(\d+).* LOCAL:(\d+)", report).groups()
+    return int(stack) + int(local)

@@ -3,7 +3,7 @@ decodes, and errors of products. Kernels run in the child process of `triton_chi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
@@ -93,25 +93,33 @@ def products_of(module: ModuleType, rung: str) -> Product:
     return lambda x, q: RUNGS[rung](x, module.packed(q))
 
 
-def both_rungs(module: ModuleType, cases: list, formats: dict[str, Format]) -> dict[str, list]:
-    """`errors` of both rungs for cases (format, outputs, inputs, rows of activations)."""
+def both_rungs(module: ModuleType, cases: list, formats: Mapping[str, Format]) -> dict[str, list]:
+    """`errors` of both rungs for cases (format, outputs, inputs, rows of activations).
+
+    "gemv" does the same for every row: up to 2 of them.
+    """
     found = {}
     for case in cases:
         name, outputs, inputs, rows = case
         q = weight(formats.get(name, name), outputs, inputs)
-        for rung in RUNGS:
-            found[f"{rung} {case}"] = errors(products_of(module, rung), q, rows, twins(q))
+        for rung, few in {"gemv": min(rows, 2), "gemm": rows}.items():
+            found[f"{rung} {case}"] = errors(products_of(module, rung), q, few, twins(q))
     return found
 
 
-def drawn(product: Product, names: list[str], examples: int = 10) -> int:
-    """How many products of random shapes were within their budgets: all that were tried."""
+def drawn(
+    product: Product, names: list[str], examples: int = 10, sides: int = 90, rows: int = 64
+) -> int:
+    """How many products of random shapes were within their budgets: all that were tried.
+
+    Outputs and inputs are up to `sides`, rows of activations up to `rows`.
+    """
     tried = []
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(st.sampled_from(names), *3 * [st.integers(1, 90)])
+    @given(st.sampled_from(names), *2 * [st.integers(1, sides)], st.integers(1, rows))
     def one(name, outputs, inputs, rows):
-        error, _, budget = errors(product, weight(name, outputs, inputs), min(rows, 64))
+        error, _, budget = errors(product, weight(name, outputs, inputs), rows)
         assert error <= budget
         tried.append(name)
 
@@ -120,10 +128,18 @@ def drawn(product: Product, names: list[str], examples: int = 10) -> int:
 
 
 def layer_facts(
-    module: ModuleType, format: Format | str, rung: str, rows: int, dtype: str, capability: int,
-    **patterns: str,
-) -> dict:  # fmt: skip
-    """`facts` of the product of `rows` rows of activations with a whole layer."""
-    x = torch.zeros(rows, LAYER[1], dtype=getattr(torch, dtype))
-    found = launch(rung, x, module.packed(zeros(format, *LAYER)))[0]
-    return facts(found, capability, **patterns)
+    module: ModuleType, targets: list, formats: Mapping[str, Format], **patterns: str
+) -> dict[str, dict]:
+    """`facts` of the products with a whole layer.
+
+    Args:
+        targets: (format, rung, rows of activations, dtype, capability).
+    """
+    found = {}
+    for target in targets:
+        name, rung, rows, dtype, capability = target
+        x = torch.zeros(rows, LAYER[1], dtype=getattr(torch, dtype))
+        q = zeros(formats.get(name, name), *LAYER)
+        launched = launch(rung, x, module.packed(q))[0]
+        found[str(target)] = facts(launched.compiled(capability), **patterns)
+    return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qlib.ggml.block import BlockFormat
+from qlib.ggml.block import TYPES, BlockFormat
 from qlib.qtensor import QTensor
 
 from .nibbles import NUMBERS
@@ -28,7 +28,9 @@ Q4_K, Q6_K, Q8_0 = 144, 210, 34
 
 def why_not(q: QTensor) -> str | None:
     """Why these kernels cannot take `q`, or None."""
-    if isinstance(q.format, BlockFormat) and q.format.kind.name in _functions():
+    # A type of the same name with other sizes would be read beyond its end.
+    known = [TYPES[name] for name in _functions()]
+    if isinstance(q.format, BlockFormat) and q.format.kind in known:
         return None
     return "the format is not ggml's Q4_K, Q6_K or Q8_0"
 
@@ -84,7 +86,7 @@ def _dot_q4_k(blocks, codes, table, planes, y, start, stop):
                     prefetch(row, at + AHEAD)
                     for i in range(0, 32, LANES):
                         byte = load_bytes(row, at + i)
-                        sum_low += lookup(low, byte & 15) * load(x, first + i)
+                        sum_low += lookup(low, byte) * load(x, first + i)
                         sum_high += lookup(high, byte >> 4) * load(x, first + 32 + i)
             y[r, o] = total(sum_low + sum_high)
 
@@ -102,7 +104,7 @@ def _unpack_q4_k(blocks, codes, table, chunk, first, start, stop):
                 at, to = block * Q4_K + 16 + sub * 16, block * 256 + sub * 32
                 for i in range(0, 32, LANES):
                     byte = load_bytes(row, at + i)
-                    store(weights, to + i, lookup(low, byte & 15))
+                    store(weights, to + i, lookup(low, byte))
                     store(weights, to + 32 + i, lookup(high, byte >> 4))
 
 

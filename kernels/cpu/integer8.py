@@ -11,7 +11,7 @@ import numpy as np
 
 from qlib.grid import Grid
 from qlib.qtensor import QTensor
-from qlib.scheme import Scheme
+from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
 from .scales import AHEAD, compiled, number, offsets, read_bytes, scales, scheme_of, stored
@@ -28,6 +28,8 @@ def why_not(q: QTensor) -> str | None:
 def _why_not(scheme: Scheme) -> str | None:
     if scheme.grid.name not in ("int8", "uint8") or not scheme.is_standard:
         return f"the grid {scheme.grid.name} is not an integer grid of 8 bits"
+    if isinstance(scheme.scale, Divisor):
+        return "the scale divides"
     if type(scheme.block) is int and scheme.block % LANES:
         return f"blocks of {scheme.block} are not a multiple of {LANES}"
     if isinstance(scheme.offset, Grid) and scheme.offset.bits != 8:
@@ -66,6 +68,8 @@ def _dot(codes, least, vectors, scale, table, zero, offset, planes, y, start, st
         row = codes[o]
         for r in range(len(planes)):
             x, sums = planes[r, 0], splat(np.float32(0))
+            # Four sums take turns, because an addition waits for the one before it.
+            second = third = fourth = sums
             for b in range(scale.shape[1]):
                 shift, factor = _block(least, scale, table, zero, o, b)
                 first = b * vectors * LANES
@@ -73,10 +77,11 @@ def _dot(codes, least, vectors, scale, table, zero, offset, planes, y, start, st
                     prefetch(row, i + AHEAD)
                     weights = _weights(load_bytes(row, i), shift, factor, offset, o, b)
                     sums += weights * load(x, i)
+                    sums, second, third, fourth = second, third, fourth, sums
                 if whole < len(row) and first + vectors * LANES > whole:
                     weights = _weights(read_bytes(row, whole), shift, factor, offset, o, b)
                     sums += weights * load(x, whole)
-            y[r, o] = total(sums)
+            y[r, o] = total(sums + second + third + fourth)
 
 
 @compiled

@@ -14,7 +14,7 @@ import torch
 
 from qlib.grid import Grid
 from qlib.qtensor import QTensor
-from qlib.scheme import Scheme
+from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
 from .scales import AHEAD, compiled, number, offsets, read_bytes, scales, scheme_of, stored
@@ -43,6 +43,8 @@ def why_not(q: QTensor) -> str | None:
 def _why_not(scheme: Scheme) -> str | None:
     if scheme.grid.bits != 4:
         return f"the grid {scheme.grid.name} does not have codes of 4 bits"
+    if isinstance(scheme.scale, Divisor):
+        return "the scale divides"
     if scheme.block == 16 and scheme.offset is not None:
         return "blocks of 16 have an offset"
     if type(scheme.block) is int and scheme.block % 32 and scheme.block != 16:
@@ -56,7 +58,7 @@ def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`. A block's weights are (base - zero) * scale + offset."""
     q, order = stored(q)
     scheme, codes = q.format, q.parts["codes"].contiguous()
-    points = q.parts.get("grid", scheme.grid.points)
+    points = scheme.grid.points
     base = torch.nn.functional.pad(points, (0, 16 - len(points)))
     zero, offset = offsets(q)
     if zero is not None:
@@ -87,23 +89,26 @@ def _dot(codes, base, vectors, scale, table, zero, offset, planes, y, start, sto
         row = codes[o]
         for r in range(len(planes)):
             low, high = planes[r, 0], planes[r, 1]
-            sum_low = sum_high = splat(np.float32(0))
+            # Two pairs of sums take turns, because an addition waits for the one before it.
+            sum_low = sum_high = next_low = next_high = splat(np.float32(0))
             i = 0
             for b in range(whole):
                 weights = _weights(base, scale, table, zero, offset, o, b)
                 for _ in range(vectors):
                     prefetch(row, i + AHEAD)
                     byte = load_bytes(row, i)
-                    sum_low += lookup(weights, byte & 15) * load(low, i)
+                    sum_low += lookup(weights, byte) * load(low, i)
                     sum_high += lookup(weights, byte >> 4) * load(high, i)
+                    sum_low, next_low = next_low, sum_low
+                    sum_high, next_high = next_high, sum_high
                     i += LANES
             if i < len(row):
                 weights = _weights(base, scale, table, zero, offset, o, whole)
                 for j in range(i, len(row), LANES):
                     byte = read_bytes(row, j)
-                    sum_low += lookup(weights, byte & 15) * load(low, j)
+                    sum_low += lookup(weights, byte) * load(low, j)
                     sum_high += lookup(weights, byte >> 4) * load(high, j)
-            y[r, o] = total(sum_low + sum_high)
+            y[r, o] = total(sum_low + sum_high + next_low + next_high)
 
 
 @compiled
@@ -116,7 +121,7 @@ def _unpack(codes, base, vectors, scale, table, zero, offset, chunk, first, star
             at = b * vectors * LANES
             for i in range(at, min(at + vectors * LANES, len(row)), LANES):
                 byte = read_bytes(row, i)
-                store(low, i, lookup(weights, byte & 15))
+                store(low, i, lookup(weights, byte))
                 store(high, i, lookup(weights, byte >> 4))
 
 
@@ -139,7 +144,7 @@ def _dot16(codes, base, scale, table, planes, y, start, stop):
             sum_low = sum_high = splat(np.float32(0))
             for i in range(0, len(row), LANES):
                 byte, factors = read_bytes(row, i), _pair(scale, table, o, i)
-                sum_low += lookup(values, byte & 15) * factors * load(low, i)
+                sum_low += lookup(values, byte) * factors * load(low, i)
                 sum_high += lookup(values, byte >> 4) * factors * load(high, i)
             y[r, o] = total(sum_low + sum_high)
 
@@ -152,5 +157,5 @@ def _unpack16(codes, base, scale, table, chunk, first, start, stop):
         row, low, high = codes[first + o], chunk[o, 0], chunk[o, 1]
         for i in range(0, len(row), LANES):
             byte, factors = read_bytes(row, i), _pair(scale, table, first + o, i)
-            store(low, i, lookup(values, byte & 15) * factors)
+            store(low, i, lookup(values, byte) * factors)
             store(high, i, lookup(values, byte >> 4) * factors)

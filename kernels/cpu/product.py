@@ -53,7 +53,7 @@ def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     Args:
         x: activations on the CPU, floating point; the sums are float32.
     """
-    inputs, y = _inputs(x, weight).numpy(), torch.empty(len(x), weight.shape[0])
+    inputs, y = dealt_inputs(x, weight).numpy(), torch.empty(len(x), weight.shape[0])
     operands = (*weight.operands, inputs, y.numpy())
     work = inputs.size * weight.shape[0]
     by_rows(lambda *rows: weight.dot(*operands, *rows), weight.shape[0], work)
@@ -65,7 +65,7 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
 
     Arguments as for `gemv`.
     """
-    dealt, outputs = _inputs(x, weight), weight.shape[0]
+    dealt, outputs = dealt_inputs(x, weight), weight.shape[0]
     # torch multiplies few activations fastest as the right factor.
     inputs, y = dealt.flatten(1).T.contiguous(), torch.empty(outputs, len(x))
     step = min(outputs, max(16, CHUNK_WEIGHTS // len(inputs)))
@@ -78,7 +78,11 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     return y.T.to(x.dtype)
 
 
-def _inputs(x: Tensor, weight: Packed) -> Tensor:
+def dealt_inputs(x: Tensor, weight: Packed) -> Tensor:
+    """`planes` of `x` for a weight. Raises ValueError if their sizes do not match."""
+    # The compiled functions check no bounds.
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"product: x is {list(x.shape)}, weight is {list(weight.shape)}")
     return planes(x if weight.order is None else x[:, weight.order], weight.per_byte)
 
 

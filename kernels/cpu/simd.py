@@ -5,6 +5,10 @@ that LLVM does not find, the table lookup, so here is a type that says what is m
 `load_bytes` make sixteen numbers, `+ - * & >>` work on all of them, and `lookup` picks sixteen
 entries of a table at once, which is a single instruction with AVX-512. LLVM makes two or four
 instructions of every operation where registers are narrower.
+
+Each operation is a function that emits LLVM's instructions while numba compiles its caller. `load`,
+for instance, becomes `load <16 x float>, <16 x float>* %address, align 4`. A shift to the right
+brings in zeros.
 """
 
 from __future__ import annotations
@@ -59,6 +63,12 @@ def _memory(result: Vector, element: ir.Type):
 
     def decorate(emit):
         def typing(context, array, index, *rest):
+            # Memory is read as it lies: any other array is an error of the compiler.
+            if not isinstance(array, types.Array) or array.layout != "C":
+                return None
+            if array.dtype != (types.float32 if element is FLOAT else types.uint8):
+                return None
+
             def address(context, builder, signature, values):
                 data = context.make_array(signature.args[0])(context, builder, values[0]).data
                 pointer = builder.gep(data, [values[1]])
@@ -136,7 +146,7 @@ def splat(builder, number):
 
 @_operation(types.float32, FLOATS)
 def total(builder, vector):
-    """The sum of the sixteen numbers, pairwise."""
+    """The sum of the sixteen numbers, in an order that LLVM chooses."""
     name = f"llvm.vector.reduce.fadd.v{LANES}f32"
     return _call(builder, name, FLOAT, FLOAT(0.0), vector, fastmath=("reassoc",))
 
@@ -149,17 +159,31 @@ def floats(builder, vector):
 
 @_operation(FLOATS, FLOATS, INTS)
 def lookup(builder, table, index):
-    """table[index], each index 0..15."""
+    """table[index % 16]."""
     if WIDE:
-        return _pick(builder, table, index)
-    halves = [_half(builder, table, 0), _half(builder, table, 8)]
-    chosen = [_lookup_half(builder, halves, _half(builder, index, first)) for first in (0, 8)]
-    return builder.shuffle_vector(*chosen, ir.Constant(INTS.llvm, list(range(LANES))))
+        return _call(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS.llvm, table, index)
+    return _of_halves(builder, table, index)
 
 
-def _lookup_half(builder, halves, index):
-    low, high = (_pick(builder, half, index, 7) for half in halves)
-    return builder.select(builder.icmp_signed(">", index, index.type([7] * 8)), high, low)
+@_operation(FLOATS, FLOATS, FLOATS, INTS)
+def lookup_two(builder, first, second, index):
+    """Entry index % 32 of two tables, one behind the other."""
+    if WIDE:
+        name = "llvm.x86.avx512.vpermi2var.ps.512"
+        return _call(builder, name, FLOATS.llvm, first, index, second)
+    found = [_of_halves(builder, table, index) for table in (first, second)]
+    return builder.select(_has(builder, index, 16), found[1], found[0])
+
+
+def _of_halves(builder, table, index):
+    """A lookup for registers of eight floats: two tables of eight entries, for eight lanes."""
+    low, high = _half(builder, table, 0), _half(builder, table, 8)
+    lanes = []
+    for first in (0, 8):
+        some = _half(builder, index, first)
+        found = [_pick(builder, half, some) for half in (low, high)]
+        lanes.append(builder.select(_has(builder, some, 8), found[1], found[0]))
+    return builder.shuffle_vector(*lanes, ir.Constant(INTS.llvm, list(range(LANES))))
 
 
 def _half(builder, vector, first):
@@ -167,11 +191,16 @@ def _half(builder, vector, first):
     return builder.shuffle_vector(vector, vector, lanes)
 
 
-def _pick(builder, table, index, mask=None):
+def _has(builder, vector, bit):
+    bits = ir.Constant(vector.type, [bit] * vector.type.count)
+    return builder.icmp_signed("==", builder.and_(vector, bits), bits)
+
+
+def _pick(builder, table, index):
     """One by one in the code; LLVM knows the pattern and makes one permutation of it."""
-    index = index if mask is None else builder.and_(index, index.type([mask] * index.type.count))
+    index = builder.and_(index, ir.Constant(index.type, [7] * 8))
     result = ir.Constant(table.type, ir.Undefined)
-    for lane in map(INT, range(table.type.count)):
+    for lane in map(INT, range(8)):
         entry = builder.extract_element(table, builder.extract_element(index, lane))
         result = builder.insert_element(result, entry, lane)
     return result

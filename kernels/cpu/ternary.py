@@ -20,14 +20,13 @@ from qlib.pack import TRITS_PER_BYTE
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
-from .product import Packed, planes
+from .product import Packed, dealt_inputs
 from .scales import compiled, read_bytes
-from .simd import LANES, load, lookup, splat, store, total
+from .simd import LANES, load, lookup, lookup_two, splat, store, total
 from .threads import by_rows
 
-# The two trits of a number 0..8, as weights.
-FIRST = np.array([i % 3 - 1 for i in range(16)], np.float32)
-SECOND = np.array([min(i // 3, 2) - 1 for i in range(16)], np.float32)
+# The three trits of a number 0..26, as weights, and the two of a number 0..8: the same tables.
+TRITS = np.array([[i // 3**j % 3 - 1 for i in range(32)] for j in range(3)], np.float32)
 # Bytes whose sums are used together: their table, 32 KB, stays in the first-level cache.
 TOGETHER = 32
 
@@ -54,8 +53,8 @@ def packed(q: QTensor) -> Packed:
 def additions(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
     """The product by additions alone, but for the scale at the end. Arguments as `product.gemv`."""
     codes, scale = weight.operands
-    inputs, y = planes(x, TRITS_PER_BYTE).numpy(), torch.zeros(len(x), len(codes))
-    sums = np.empty((codes.shape[1], 256), np.float32)
+    inputs, y = dealt_inputs(x, weight).numpy(), torch.zeros(len(x), len(codes))
+    sums = np.zeros((codes.shape[1], 256), np.float32)
     for r in range(len(x)):
         _all_sums(inputs[r], sums)
         result = y[r].numpy()
@@ -64,32 +63,42 @@ def additions(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "row
 
 
 @compiled
-def _trits(byte):
-    """Three numbers that hold the trits of a byte: (0 and 1), (2 and 3), 4.
+def _two_parts(byte):
+    """A number 0..26 with the trits 0, 1 and 2 of a byte, and one 0..8 with its trits 3 and 4.
 
-    57 / 512 is close enough to a ninth for every number up to 255.
+    19 / 512 is close enough to a 27th for every number up to 255.
     """
-    rest = (byte * 57) >> 9
-    last = (rest * 57) >> 9
-    return byte - rest * 9, rest - last * 9, last
+    high = (byte * 19) >> 9
+    return byte - high * 27, high
+
+
+@compiled
+def _tables(factor):
+    """factor * TRITS as vectors: three pairs."""
+    t = TRITS * factor
+    return (
+        (load(t[0], 0), load(t[0], LANES)),
+        (load(t[1], 0), load(t[1], LANES)),
+        (load(t[2], 0), load(t[2], LANES)),
+    )
 
 
 @compiled
 def _dot(codes, scale, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 5, bytes]."""
-    first, second = load(FIRST, 0), load(SECOND, 0)
+    t0, t1, t2 = _tables(np.float32(1))
     for o in range(start, stop):
         row = codes[o]
         for r in range(len(planes)):
             x = planes[r]
             s0 = s1 = s2 = s3 = s4 = splat(np.float32(0))
             for i in range(0, len(row), LANES):
-                low, high, last = _trits(read_bytes(row, i))
-                s0 += lookup(first, low) * load(x[0], i)
-                s1 += lookup(second, low) * load(x[1], i)
-                s2 += lookup(first, high) * load(x[2], i)
-                s3 += lookup(second, high) * load(x[3], i)
-                s4 += lookup(first, last) * load(x[4], i)
+                low, high = _two_parts(read_bytes(row, i))
+                s0 += lookup_two(t0[0], t0[1], low) * load(x[0], i)
+                s1 += lookup_two(t1[0], t1[1], low) * load(x[1], i)
+                s2 += lookup_two(t2[0], t2[1], low) * load(x[2], i)
+                s3 += lookup(t0[0], high) * load(x[3], i)
+                s4 += lookup(t1[0], high) * load(x[4], i)
             y[r, o] = total(s0 + s1 + s2 + s3 + s4) * scale[o]
 
 
@@ -125,12 +134,12 @@ def _add(codes, scale, sums, y, start, stop):
 def _unpack(codes, scale, chunk, first, start, stop):
     """chunk [rows, 5, bytes] = weights of the rows first + start, ..., first + stop - 1."""
     for o in range(start, stop):
-        row, factor, out = codes[first + o], splat(scale[first + o]), chunk[o]
-        one, two = load(FIRST, 0) * factor, load(SECOND, 0) * factor
+        row, out = codes[first + o], chunk[o]
+        t0, t1, t2 = _tables(scale[first + o])
         for i in range(0, len(row), LANES):
-            low, high, last = _trits(read_bytes(row, i))
-            store(out[0], i, lookup(one, low))
-            store(out[1], i, lookup(two, low))
-            store(out[2], i, lookup(one, high))
-            store(out[3], i, lookup(two, high))
-            store(out[4], i, lookup(one, last))
+            low, high = _two_parts(read_bytes(row, i))
+            store(out[0], i, lookup_two(t0[0], t0[1], low))
+            store(out[1], i, lookup_two(t1[0], t1[1], low))
+            store(out[2], i, lookup_two(t2[0], t2[1], low))
+            store(out[3], i, lookup(t0[0], high))
+            store(out[4], i, lookup(t1[0], high))

@@ -10,9 +10,9 @@ if it is 0, the weight -1. Times 3, the digit leaves the 32 bits at the top and 
 no division, and one multiplication for each trit.
 
 `gemv` has no multiplication of a weight: an activation is added, subtracted or skipped. On a GPU
-that saves nothing: an addition and a multiply-add are the same instruction. What is won are bytes,
-1.6 bits for a weight, and the time of a product with one row of activations is theirs. A scale of
-the tensor or of a row multiplies the sum at the end. The rungs are those of `product`.
+that saves nothing: an addition and a multiply-add are the same instruction. What a ternary weight
+saves are bytes, at 1.6 bits each. A scale of the tensor or of a row multiplies the sum at the end.
+The rungs are those of `product`.
 """
 
 from __future__ import annotations
