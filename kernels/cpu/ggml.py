@@ -19,8 +19,8 @@ from qlib.qtensor import QTensor
 
 from .nibbles import NUMBERS
 from .product import Packed
-from .scales import AHEAD, all_halves, compiled
-from .simd import LANES, floats, load, load_bytes, lookup, prefetch, splat, store, total
+from .scales import AHEAD, compiled
+from .simd import LANES, floats, half, load, load_bytes, lookup, prefetch, splat, store, total
 
 # Bytes of a block.
 Q4_K, Q6_K, Q8_0 = 144, 210, 34
@@ -36,9 +36,9 @@ def why_not(q: QTensor) -> str | None:
 
 
 def packed(q: QTensor) -> Packed:
-    """`q` [out, in] for `product`: its bytes, the same as float16 codes, and what those mean."""
+    """`q` [out, in] for `product`: its bytes, and the same as float16 codes."""
     blocks = q.parts["blocks"].contiguous()
-    operands = (blocks.numpy(), blocks.view(torch.uint16).numpy(), all_halves().numpy())
+    operands = (blocks.numpy(), blocks.view(torch.uint16).numpy())
     return Packed(q.shape, 1, operands, *_functions()[q.format.kind.name])
 
 
@@ -51,9 +51,9 @@ def _functions() -> dict[str, tuple]:
 
 
 @compiled
-def _read_scales(row, halves, table, block, steps, offsets):
+def _read_scales(row, halves, block, steps, offsets):
     """steps[sub] and offsets[sub] of the eight sub-blocks: weight = step * code - offset."""
-    step, offset = table[halves[block * Q4_K // 2]], table[halves[block * Q4_K // 2 + 1]]
+    step, offset = half(halves[block * Q4_K // 2]), half(halves[block * Q4_K // 2 + 1])
     at = block * Q4_K + 4
     for i in range(4):
         low, middle, high = row[at + i], row[at + 4 + i], row[at + 8 + i]
@@ -70,7 +70,7 @@ def _weights(steps, offsets, sub):
 
 
 @compiled
-def _dot_q4_k(blocks, codes, table, planes, y, start, stop):
+def _dot_q4_k(blocks, codes, planes, y, start, stop):
     """y [rows, out]; 32 bytes hold two sub-blocks, the first in their lower halves."""
     steps, offsets = np.empty(8, np.float32), np.empty(8, np.float32)
     for o in range(start, stop):
@@ -79,7 +79,7 @@ def _dot_q4_k(blocks, codes, table, planes, y, start, stop):
             x = planes[r, 0]
             sum_low = sum_high = splat(np.float32(0))
             for block in range(len(row) // Q4_K):
-                _read_scales(row, halves, table, block, steps, offsets)
+                _read_scales(row, halves, block, steps, offsets)
                 for sub in range(0, 8, 2):
                     low, high = _weights(steps, offsets, sub), _weights(steps, offsets, sub + 1)
                     at, first = block * Q4_K + 16 + sub * 16, block * 256 + sub * 32
@@ -92,13 +92,13 @@ def _dot_q4_k(blocks, codes, table, planes, y, start, stop):
 
 
 @compiled
-def _unpack_q4_k(blocks, codes, table, chunk, first, start, stop):
+def _unpack_q4_k(blocks, codes, chunk, first, start, stop):
     """chunk [rows, 1, in] = weights of the rows first + start, ..., first + stop - 1."""
     steps, offsets = np.empty(8, np.float32), np.empty(8, np.float32)
     for o in range(start, stop):
         row, halves, weights = blocks[first + o], codes[first + o], chunk[o, 0]
         for block in range(len(row) // Q4_K):
-            _read_scales(row, halves, table, block, steps, offsets)
+            _read_scales(row, halves, block, steps, offsets)
             for sub in range(0, 8, 2):
                 low, high = _weights(steps, offsets, sub), _weights(steps, offsets, sub + 1)
                 at, to = block * Q4_K + 16 + sub * 16, block * 256 + sub * 32
@@ -109,11 +109,11 @@ def _unpack_q4_k(blocks, codes, table, chunk, first, start, stop):
 
 
 @compiled
-def _q6_k(row, start, step, half, part):
-    """Sub-blocks of a Q6_K block that share their bytes: 8 * half + part, + 2, + 4 and + 6."""
-    at, scales = start + 64 * half + 16 * part, start + 192 + 8 * half + part
+def _q6_k(row, start, step, side, part):
+    """Sub-blocks of a Q6_K block that share their bytes: 8 * side + part, + 2, + 4 and + 6."""
+    at, scales = start + 64 * side + 16 * part, start + 192 + 8 * side + part
     first, second = load_bytes(row, at), load_bytes(row, at + 32)
-    high = load_bytes(row, start + 128 + 32 * half + 16 * part)
+    high = load_bytes(row, start + 128 + 32 * side + 16 * part)
     return (
         _levels(first & 15, high & 3, step, row[scales]),
         _levels(second & 15, (high >> 2) & 3, step, row[scales + 2]),
@@ -129,7 +129,7 @@ def _levels(low, high, step, scale):
 
 
 @compiled
-def _dot_q6_k(blocks, codes, table, planes, y, start, stop):
+def _dot_q6_k(blocks, codes, planes, y, start, stop):
     """y [rows, out], four vectors of sixteen weights at a time."""
     for o in range(start, stop):
         row, halves = blocks[o], codes[o]
@@ -137,27 +137,27 @@ def _dot_q6_k(blocks, codes, table, planes, y, start, stop):
             x, sums = planes[r, 0], splat(np.float32(0))
             for block in range(len(row) // Q6_K):
                 at = block * Q6_K
-                step = table[halves[(at + 208) >> 1]]
-                for half in range(2):
-                    prefetch(row, at + 64 * half + AHEAD)
+                step = half(halves[(at + 208) >> 1])
+                for side in range(2):
+                    prefetch(row, at + 64 * side + AHEAD)
                     for part in range(2):
-                        weights = _q6_k(row, at, step, half, part)
-                        first = block * 256 + half * 128 + part * LANES
+                        weights = _q6_k(row, at, step, side, part)
+                        first = block * 256 + side * 128 + part * LANES
                         sums += weights[0] * load(x, first) + weights[1] * load(x, first + 32)
                         sums += weights[2] * load(x, first + 64) + weights[3] * load(x, first + 96)
             y[r, o] = total(sums)
 
 
 @compiled
-def _unpack_q6_k(blocks, codes, table, chunk, first, start, stop):
+def _unpack_q6_k(blocks, codes, chunk, first, start, stop):
     for o in range(start, stop):
         row, halves, to = blocks[first + o], codes[first + o], chunk[o, 0]
         for block in range(len(row) // Q6_K):
-            step = table[halves[(block * Q6_K + 208) >> 1]]
-            for half in range(2):
+            step = half(halves[(block * Q6_K + 208) >> 1])
+            for side in range(2):
                 for part in range(2):
-                    weights = _q6_k(row, block * Q6_K, step, half, part)
-                    i = block * 256 + half * 128 + part * LANES
+                    weights = _q6_k(row, block * Q6_K, step, side, part)
+                    i = block * 256 + side * 128 + part * LANES
                     store(to, i, weights[0])
                     store(to, i + 32, weights[1])
                     store(to, i + 64, weights[2])
@@ -165,15 +165,15 @@ def _unpack_q6_k(blocks, codes, table, chunk, first, start, stop):
 
 
 @compiled
-def _q8_0(row, halves, table, block, half):
+def _q8_0(row, halves, block, side):
     """Sixteen weights of a Q8_0 block; a byte b is the number (b + 128) % 256 - 128."""
-    byte = load_bytes(row, block * Q8_0 + 2 + half * LANES)
+    byte = load_bytes(row, block * Q8_0 + 2 + side * LANES)
     levels = floats((byte + 128) & 255) - splat(np.float32(128))
-    return levels * splat(table[halves[block * Q8_0 // 2]])
+    return levels * splat(half(halves[block * Q8_0 // 2]))
 
 
 @compiled
-def _dot_q8_0(blocks, codes, table, planes, y, start, stop):
+def _dot_q8_0(blocks, codes, planes, y, start, stop):
     """y [rows, out], a vector of sixteen weights after the other."""
     for o in range(start, stop):
         row, halves = blocks[o], codes[o]
@@ -181,17 +181,17 @@ def _dot_q8_0(blocks, codes, table, planes, y, start, stop):
             x, sums = planes[r, 0], splat(np.float32(0))
             for block in range(len(row) // Q8_0):
                 prefetch(row, block * Q8_0 + AHEAD)
-                for half in range(2):
-                    weights = _q8_0(row, halves, table, block, half)
-                    sums += weights * load(x, block * 32 + half * LANES)
+                for side in range(2):
+                    weights = _q8_0(row, halves, block, side)
+                    sums += weights * load(x, block * 32 + side * LANES)
             y[r, o] = total(sums)
 
 
 @compiled
-def _unpack_q8_0(blocks, codes, table, chunk, first, start, stop):
+def _unpack_q8_0(blocks, codes, chunk, first, start, stop):
     for o in range(start, stop):
         row, halves = blocks[first + o], codes[first + o]
         for block in range(len(row) // Q8_0):
-            for half in range(2):
-                weights = _q8_0(row, halves, table, block, half)
-                store(chunk[o, 0], block * 32 + half * LANES, weights)
+            for side in range(2):
+                weights = _q8_0(row, halves, block, side)
+                store(chunk[o, 0], block * 32 + side * LANES, weights)

@@ -14,7 +14,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
-from .scales import AHEAD, compiled, number, offsets, read_bytes, scales, scheme_of, stored
+from .scales import AHEAD, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
 from .simd import LANES, floats, load, load_bytes, prefetch, splat, store, total
 
 
@@ -48,10 +48,10 @@ def packed(q: QTensor) -> Packed:
 
 
 @compiled
-def _block(least, scale, table, zero, o, b):
+def _block(least, factors, zero, o, b):
     """(shift, factor): a weight of block b in row o is (code + shift) * factor, plus an offset."""
     shift = least if zero is None else least - np.float32(zero[o, b])
-    return splat(shift), splat(number(scale, table, o, b))
+    return splat(shift), splat(factors[b])
 
 
 @compiled
@@ -63,15 +63,16 @@ def _weights(byte, shift, factor, offset, o, b):
 @compiled
 def _dot(codes, least, vectors, scale, table, zero, offset, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 1, bytes]."""
-    whole = codes.shape[1] // LANES * LANES
+    whole, factors = codes.shape[1] // LANES * LANES, np.empty(scale.shape[1], np.float32)
     for o in range(start, stop):
         row = codes[o]
+        read_row(scale, table, o, factors)
         for r in range(len(planes)):
             x, sums = planes[r, 0], splat(np.float32(0))
             # Four sums take turns, because an addition waits for the one before it.
             second = third = fourth = sums
-            for b in range(scale.shape[1]):
-                shift, factor = _block(least, scale, table, zero, o, b)
+            for b in range(len(factors)):
+                shift, factor = _block(least, factors, zero, o, b)
                 first = b * vectors * LANES
                 for i in range(first, min(first + vectors * LANES, whole), LANES):
                     prefetch(row, i + AHEAD)
@@ -87,10 +88,12 @@ def _dot(codes, least, vectors, scale, table, zero, offset, planes, y, start, st
 @compiled
 def _unpack(codes, least, vectors, scale, table, zero, offset, chunk, first, start, stop):
     """chunk [rows, 1, bytes] = weights of the rows first + start, ..., first + stop - 1."""
+    factors = np.empty(scale.shape[1], np.float32)
     for o in range(start, stop):
         row = codes[first + o]
-        for b in range(scale.shape[1]):
-            shift, factor = _block(least, scale, table, zero, first + o, b)
+        read_row(scale, table, first + o, factors)
+        for b in range(len(factors)):
+            shift, factor = _block(least, factors, zero, first + o, b)
             at = b * vectors * LANES
             for i in range(at, min(at + vectors * LANES, len(row)), LANES):
                 weights = _weights(read_bytes(row, i), shift, factor, offset, first + o, b)

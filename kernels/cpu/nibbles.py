@@ -17,7 +17,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
-from .scales import AHEAD, compiled, number, offsets, read_bytes, scales, scheme_of, stored
+from .scales import AHEAD, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
 from .simd import (
     LANES,
     load,
@@ -72,28 +72,29 @@ def packed(q: QTensor) -> Packed:
 
 
 @compiled
-def _weights(base, scale, table, zero, offset, o, b):
+def _weights(base, factors, zero, offset, o, b):
     """The sixteen weights of block b of row o, as `Scheme.decode` computes them."""
     levels = load(base, 0)
     if zero is not None:
         levels -= splat(NUMBERS[(zero[o, b >> 1] >> ((b & 1) << 2)) & 15])
-    weights = levels * splat(number(scale, table, o, b))
+    weights = levels * splat(factors[b])
     return weights if offset is None else weights + splat(offset[o, b])
 
 
 @compiled
 def _dot(codes, base, vectors, scale, table, zero, offset, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 2, bytes]."""
-    whole = codes.shape[1] // (vectors * LANES)
+    whole, factors = codes.shape[1] // (vectors * LANES), np.empty(scale.shape[1], np.float32)
     for o in range(start, stop):
         row = codes[o]
+        read_row(scale, table, o, factors)
         for r in range(len(planes)):
             low, high = planes[r, 0], planes[r, 1]
             # Two pairs of sums take turns, because an addition waits for the one before it.
             sum_low = sum_high = next_low = next_high = splat(np.float32(0))
             i = 0
             for b in range(whole):
-                weights = _weights(base, scale, table, zero, offset, o, b)
+                weights = _weights(base, factors, zero, offset, o, b)
                 for _ in range(vectors):
                     prefetch(row, i + AHEAD)
                     byte = load_bytes(row, i)
@@ -103,7 +104,7 @@ def _dot(codes, base, vectors, scale, table, zero, offset, planes, y, start, sto
                     sum_high, next_high = next_high, sum_high
                     i += LANES
             if i < len(row):
-                weights = _weights(base, scale, table, zero, offset, o, whole)
+                weights = _weights(base, factors, zero, offset, o, whole)
                 for j in range(i, len(row), LANES):
                     byte = read_bytes(row, j)
                     sum_low += lookup(weights, byte) * load(low, j)
@@ -114,10 +115,12 @@ def _dot(codes, base, vectors, scale, table, zero, offset, planes, y, start, sto
 @compiled
 def _unpack(codes, base, vectors, scale, table, zero, offset, chunk, first, start, stop):
     """chunk [rows, 2, bytes] = weights of the rows first + start, ..., first + stop - 1."""
+    factors = np.empty(scale.shape[1], np.float32)
     for o in range(start, stop):
         row, low, high = codes[first + o], chunk[o, 0], chunk[o, 1]
-        for b in range(scale.shape[1]):
-            weights = _weights(base, scale, table, zero, offset, first + o, b)
+        read_row(scale, table, first + o, factors)
+        for b in range(len(factors)):
+            weights = _weights(base, factors, zero, offset, first + o, b)
             at = b * vectors * LANES
             for i in range(at, min(at + vectors * LANES, len(row)), LANES):
                 byte = read_bytes(row, i)
@@ -126,36 +129,37 @@ def _unpack(codes, base, vectors, scale, table, zero, offset, chunk, first, star
 
 
 @compiled
-def _pair(scale, table, o, i):
+def _pair(factors, i):
     """The scales of the two blocks of 16 whose codes are bytes i, ..., i + 15."""
     b = i >> 3
-    last = min(b + 1, scale.shape[1] - 1)
-    return two_halves(number(scale, table, o, b), number(scale, table, o, last))
+    return two_halves(factors[b], factors[min(b + 1, len(factors) - 1)])
 
 
 @compiled
 def _dot16(codes, base, scale, table, planes, y, start, stop):
     """`_dot` for blocks of 16: a vector of bytes has two, and its lanes their scales."""
-    values = load(base, 0)
+    values, factors = load(base, 0), np.empty(scale.shape[1], np.float32)
     for o in range(start, stop):
         row = codes[o]
+        read_row(scale, table, o, factors)
         for r in range(len(planes)):
             low, high = planes[r, 0], planes[r, 1]
             sum_low = sum_high = splat(np.float32(0))
             for i in range(0, len(row), LANES):
-                byte, factors = read_bytes(row, i), _pair(scale, table, o, i)
-                sum_low += lookup(values, byte) * factors * load(low, i)
-                sum_high += lookup(values, byte >> 4) * factors * load(high, i)
+                byte, pair = read_bytes(row, i), _pair(factors, i)
+                sum_low += lookup(values, byte) * pair * load(low, i)
+                sum_high += lookup(values, byte >> 4) * pair * load(high, i)
             y[r, o] = total(sum_low + sum_high)
 
 
 @compiled
 def _unpack16(codes, base, scale, table, chunk, first, start, stop):
     """`_unpack` for blocks of 16."""
-    values = load(base, 0)
+    values, factors = load(base, 0), np.empty(scale.shape[1], np.float32)
     for o in range(start, stop):
         row, low, high = codes[first + o], chunk[o, 0], chunk[o, 1]
+        read_row(scale, table, first + o, factors)
         for i in range(0, len(row), LANES):
-            byte, factors = read_bytes(row, i), _pair(scale, table, first + o, i)
-            store(low, i, lookup(values, byte) * factors)
-            store(high, i, lookup(values, byte >> 4) * factors)
+            byte, pair = read_bytes(row, i), _pair(factors, i)
+            store(low, i, lookup(values, byte) * pair)
+            store(high, i, lookup(values, byte >> 4) * pair)

@@ -2,7 +2,7 @@
 
 1. `dequantize.gemm`: a few rows of the weight at full width, then torch's product.
 2. `gemv` multiplies straight from the packed bytes: for a few rows of activations.
-3. `gemm` unpacks some rows of weights into the cache, where torch's product finds them: for many.
+3. `gemm` unpacks a part of the weight by compiled code, for torch's product: for many.
 
 A format hands over a `Packed`: its stored bytes, and two compiled functions that read them.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,8 +21,8 @@ from .scales import compiled
 from .simd import LANES
 from .threads import by_rows
 
-# Weights unpacked at a time: 1 MiB of float32, about one core's second-level cache.
-CHUNK_WEIGHTS = 1 << 18
+# Weights unpacked at a time: 16 MiB of float32. Fewer rows of weights cost torch more.
+CHUNK_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,9 @@ class Packed:
         per_byte: codes that share a byte, and belong to neighboring inputs.
         operands: what both functions read: arrays and numbers.
         dot: (*operands, planes, y, start, stop) writes y[:, start:stop], the products of rows of
-            activations (`planes`) with some rows of weights.
+            activations (`dealt_inputs`) with some rows of weights.
         unpack: (*operands, chunk, first, start, stop) writes the weights of the rows
-            first + start, ..., first + stop - 1, dealt as `planes` are, to chunk[start:stop].
+            first + start, ..., first + stop - 1, dealt as the inputs are, to chunk[start:stop].
         order: which column of the weight each stored column is, [in], if they are reordered.
     """
 
@@ -52,12 +53,14 @@ def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
 
     Args:
         x: activations on the CPU, floating point; the sums are float32.
+
+    Raises ValueError if `x` has not the inputs of the weight.
     """
-    inputs, y = dealt_inputs(x, weight).numpy(), torch.empty(len(x), weight.shape[0])
-    operands = (*weight.operands, inputs, y.numpy())
-    work = inputs.size * weight.shape[0]
-    by_rows(lambda *rows: weight.dot(*operands, *rows), weight.shape[0], work)
-    return y.to(x.dtype)
+    inputs, outputs = dealt_inputs(x, weight), weight.shape[0]
+    y = np.empty((len(inputs), outputs), np.float32)
+    operands = (*weight.operands, inputs, y)
+    by_rows(lambda *rows: weight.dot(*operands, *rows), outputs, inputs.size * outputs)
+    return torch.from_numpy(y).to(x.dtype)
 
 
 def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
@@ -66,10 +69,10 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     Arguments as for `gemv`.
     """
     dealt, outputs = dealt_inputs(x, weight), weight.shape[0]
-    # torch multiplies few activations fastest as the right factor.
-    inputs, y = dealt.flatten(1).T.contiguous(), torch.empty(outputs, len(x))
+    inputs = torch.from_numpy(dealt).flatten(1).T
     step = min(outputs, max(16, CHUNK_WEIGHTS // len(inputs)))
-    chunk = torch.zeros(step, *dealt.shape[1:])
+    # What no code stands for stays zero.
+    chunk, y = torch.zeros(step, *dealt.shape[1:]), torch.empty(outputs, len(x))
     for first in range(0, outputs, step):
         count, operands = min(step, outputs - first), (*weight.operands, chunk.numpy(), first)
         work = count * len(inputs)
@@ -78,23 +81,19 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     return y.T.to(x.dtype)
 
 
-def dealt_inputs(x: Tensor, weight: Packed) -> Tensor:
-    """`planes` of `x` for a weight. Raises ValueError if their sizes do not match."""
-    # The compiled functions check no bounds.
+def dealt_inputs(x: Tensor, weight: Packed) -> np.ndarray:
+    """`x` [rows, in] dealt out to the codes that share a byte, float32 [rows, per_byte, bytes].
+
+    Plane j has what meets code j of every byte, so that an inner loop over bytes reads all its
+    operands in order. Each plane is padded with zeros to whole vectors. Raises ValueError if `x`
+    has not the inputs of the weight: the compiled functions check no bounds.
+    """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"product: x is {list(x.shape)}, weight is {list(weight.shape)}")
-    return planes(x if weight.order is None else x[:, weight.order], weight.per_byte)
-
-
-def planes(x: Float[Tensor, "rows in"], per_byte: int) -> Float[Tensor, "rows per_byte bytes"]:
-    """`x` dealt out to the codes that share a byte: plane j has what meets code j of every byte.
-
-    So dealt, an inner loop over bytes reads all its operands in order. Each plane is padded with
-    zeros to whole vectors.
-    """
-    width = -(-x.shape[1] // (per_byte * LANES)) * LANES
-    dealt = torch.empty(len(x), per_byte, width)
-    _deal(x.detach().float().numpy(), dealt.numpy())
+    x = x if weight.order is None else x[:, weight.order]
+    width = -(-x.shape[1] // (weight.per_byte * LANES)) * LANES
+    dealt = np.empty((len(x), weight.per_byte, width), np.float32)
+    _deal(x.detach().float().numpy(), dealt)
     return dealt
 
 
@@ -103,7 +102,7 @@ def _deal(x, planes):
     per_byte = planes.shape[1]
     for r in range(len(planes)):
         for j in range(per_byte):
-            known = (x.shape[1] - j + per_byte - 1) // per_byte
-            for i in range(known):
+            inputs = max(0, (x.shape[1] - j + per_byte - 1) // per_byte)
+            for i in range(inputs):
                 planes[r, j, i] = x[r, i * per_byte + j]
-            planes[r, j, max(0, known) :] = 0
+            planes[r, j, inputs:] = 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
@@ -17,7 +15,7 @@ from qlib.qtensor import Format, QTensor
 from qlib.reordered import Reordered
 from qlib.scheme import Scheme
 
-from .simd import LANES, load_bytes, load_some_bytes, prefetch
+from .simd import LANES, half, load_bytes, load_some_bytes, prefetch
 
 # numba lets go of the interpreter while it runs, and keeps the compiled code beside the source. It
 # notices a change of that source, not one of `simd`: then delete the folders __pycache__.
@@ -40,14 +38,11 @@ def stored(q: QTensor) -> tuple[QTensor, Tensor | None]:
 
 
 def scales(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
-    """Scales [out, blocks] as they are stored, and a table of what each means.
-
-    float32 scales mean themselves and have no table; the codes of all others index theirs.
-    """
+    """Scales [out, blocks] as stored (float16 as its bits), and what codes of 8 bits mean."""
     storage = q.format.scale
     codes = torch.arange(256, dtype=torch.uint8)[None]
     if storage is torch.float16:
-        kept, table = q.parts["scale"].view(torch.uint16), all_halves()
+        kept, table = q.parts["scale"].view(torch.uint16), torch.empty(0)
     elif isinstance(storage, Grid) and storage.bits == 8:
         kept, table = q.parts["scale"], storage.decode(codes)[0]
     elif _is_two_level(storage):
@@ -76,21 +71,24 @@ def _all_rows(part: Tensor, q: QTensor) -> np.ndarray:
     return part.expand(q.shape[0], -1).contiguous().numpy()
 
 
-@cache
-def all_halves() -> Float[Tensor, " 65536"]:
-    """The value of every float16, a type that numba does not know."""
-    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()
-
-
-def number(array, table, o, b):
-    """Inside numba: array[o, b], or what the table has for it."""
+def number(bits, table):
+    """Inside numba: the float32 that a stored scale means."""
 
 
 @overload(number)
-def _number(array, table, o, b):
-    if isinstance(array.dtype, types.Integer):
-        return lambda array, table, o, b: table[array[o, b]]
-    return lambda array, table, o, b: array[o, b]
+def _number(bits, table):
+    if bits is types.uint16:
+        return lambda bits, table: half(bits)
+    if bits is types.uint8:
+        return lambda bits, table: table[bits]
+    return lambda bits, table: bits
+
+
+@compiled
+def read_row(scale, table, o, factors):
+    """factors[b] = scale b of row o. Read together, they are converted a vector at a time."""
+    for b in range(len(factors)):
+        factors[b] = number(scale[o, b], table)
 
 
 @compiled

@@ -131,6 +131,12 @@ def store(builder, pointer, vector):
     return NOTHING
 
 
+@_operation(types.float32, types.uint16)
+def half(builder, bits):
+    """The float16 of these bits, a type that numba does not know."""
+    return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
+
+
 @_operation(FLOATS, types.float32, types.float32)
 def two_halves(builder, first, second):
     """Eight times one number, then eight times another."""

@@ -53,7 +53,7 @@ def packed(q: QTensor) -> Packed:
 def additions(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
     """The product by additions alone, but for the scale at the end. Arguments as `product.gemv`."""
     codes, scale = weight.operands
-    inputs, y = dealt_inputs(x, weight).numpy(), torch.zeros(len(x), len(codes))
+    inputs, y = dealt_inputs(x, weight), torch.zeros(len(x), len(codes))
     sums = np.zeros((codes.shape[1], 256), np.float32)
     for r in range(len(x)):
         _all_sums(inputs[r], sums)

@@ -18,7 +18,7 @@ from itertools import count
 import torch
 
 # Less work than this, in weights, is done before another thread has begun.
-WORTH_A_THREAD = 1 << 18
+WORTH_A_THREAD = 1 << 20
 
 _jobs: dict[int, Callable[[int, int], None]] = {}
 _numbers = count(1)

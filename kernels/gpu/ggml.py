@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlib.ggml import BlockFormat
+from qlib.ggml import TYPES, BlockFormat
 from qlib.qtensor import QTensor
 
 from .product import Packed
