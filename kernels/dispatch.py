@@ -25,8 +25,6 @@ from . import dequantize
 # Up to this many rows of activations, unpacking a weight again for every row costs less than
 # writing it out once: `make bench` shows both.
 CPU_GEMV_ROWS = 8
-# A fallback to fewer rows is worth a warning: they are why somebody quantized.
-FEW_ROWS = 16
 DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES["gpu"] = (torch.float16, torch.bfloat16)
 
@@ -91,8 +89,8 @@ def matmul(x: Float[Tensor, "*batch in"] | QTensor, q: QTensor) -> Float[Tensor,
         q: weight [out, in].
 
     Raises ValueError if shapes, dtype or devices do not match. Only the fallback has a gradient
-    for `x`, so it runs where one is needed. Where it runs for a few rows because the format has no
-    kernel, a SlowKernelWarning says so once.
+    for `x`, so it runs where one is needed. Where it runs for one row, as in decoding, because
+    the format has no kernel, a SlowKernelWarning says so once.
 
     >>> import qlib
     >>> q = qlib.quantize(torch.eye(2), "int8")
@@ -130,7 +128,7 @@ class Product:
         candidates = () if why_not else _candidates(rows, self.q)
         name = next((name for name, reason in candidates if reason is None), None)
         if name is None:
-            if why_not is None and len(rows) <= FEW_ROWS:
+            if why_not is None and len(rows) == 1:
                 _warn(self.q.format, rows.device.type)
             return lambda rows: dequantize.gemm(rows, self.q)
         module = _module(name)
