@@ -58,7 +58,7 @@ ORDER = {
     "qlib.kernels.cpu.threads": 110,
     "qlib.kernels.cpu.scales": 120,
     "qlib.kernels.cpu.product": 120,
-    "qlib.kernels.cpu.nibbles": 160,
+    "qlib.kernels.cpu.nibbles": 175,
     "qlib.kernels.cpu.integer8": 110,
     "qlib.kernels.cpu.ggml": 200,
     "qlib.kernels.cpu.ternary": 150,
