@@ -237,8 +237,11 @@ def test_compiled_models_keep_the_kernel(name):
 
 def test_the_operator_of_torch():
     q = quantized((24, 256), "int4-g32-asym")
-    arguments = (randn(3, 256), list(q.parts.values()), operator.name_of(q.format), [24, 256])
-    torch.library.opcheck(torch.ops.qlib.matmul.default, arguments)
+    for rows in (3, 20):  # by either rung: the compiler was promised the strides of a new tensor
+        x, parts = randn(rows, 256), list(q.parts.values())
+        arguments = (x, parts, operator.name_of(q.format), [24, 256])
+        torch.library.opcheck(torch.ops.qlib.matmul.default, arguments)
+        assert kernels.matmul(x, q).is_contiguous()
     assert operator.name_of(qlib.format("int4-g32-asym")) == operator.name_of(q.format)
     assert operator.name_of(qlib.format("int4-g32")) != operator.name_of(q.format)
 

@@ -78,7 +78,7 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
         work = count * len(inputs)
         by_rows(lambda *rows, args=operands: weight.unpack(*args, *rows), count, work)
         torch.mm(chunk[:count].flatten(1), inputs, out=y[first : first + count])
-    return y.T.to(x.dtype)
+    return y.T.to(x.dtype).contiguous()
 
 
 def dealt_inputs(x: Tensor, weight: Packed) -> np.ndarray:
