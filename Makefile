@@ -34,7 +34,9 @@ bench: $(VENV)/bench
 	$(PY) tools/bench.py
 	$(PY) tools/bench_ggml.py
 	$(PY) tools/bench_kernels.py --json
+	$(PY) tools/bench_attention.py --json
 	$(PY) tools/bench_methods.py $(METHODS)
+	$(PY) tools/bench_activations.py
 
 # The tests that need an NVIDIA GPU, then speeds, to book/results/gpu_<card>.json: less than nine minutes together.
 gpu: $(STAMP)

@@ -25,7 +25,7 @@ def quantize(x: Float[Tensor, "*batch in"], format: Format) -> QTensor:
     >>> import qlib
     >>> x = quantize(torch.tensor([[1.0, -2.0, 0.5, 0.0]]), qlib.format("int8-row"))
     >>> x.shape, (x.parts["codes"].int() - 128).tolist()
-    ((1, 4), [[64, -128, 32, 0]])
+    ((1, 4), [[64, -127, 32, 0]])
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     if rows.is_cuda and not dispatch.missing("gpu"):
@@ -49,6 +49,11 @@ def product(x: QTensor, w: QTensor, dtype: torch.dtype = torch.float32) -> Tenso
         if reason is None:
             return import_module(f".{name}", __package__).scaled_product(x, w, dtype)
     return dequantize.gemm(x.dequantize(), w).to(dtype)
+
+
+def multiplies_codes(x: QTensor, w: QTensor) -> bool:
+    """Whether `product(x, w)` multiplies codes; otherwise it dequantizes both sides."""
+    return any(reason is None for _, reason in _candidates(x, w))
 
 
 def explain(x: QTensor, w: QTensor) -> str:

@@ -1,6 +1,7 @@
 """Bits per Weight: quantize language models, and count every bit."""
 
 from . import allocate, label, lora, methods, plan
+from .activations import inputs
 from .block import Stats
 from .calibrate import Calibration
 from .errors import FormatError
@@ -9,7 +10,8 @@ from .metrics import Reference, divergence, perplexity
 from .presets import format, formats, quantize
 from .protocol import Protocol
 from .qtensor import QTensor
-from .recipe import Recipe, quantize_model
+from .recipe import quantize_model
+from .rules import Recipe, recipes
 from .scheme import Scheme
 from .texts import texts
 from .zoo import load, save
@@ -17,5 +19,6 @@ from .zoo import load, save
 __version__ = "0.1.0"
 
 __all__ = ["Calibration", "FormatError", "Protocol", "QLinear", "QTensor", "Recipe", "Reference"]
-__all__ += ["Scheme", "Stats", "allocate", "divergence", "format", "formats", "label", "load"]
-__all__ += ["lora", "methods", "perplexity", "plan", "quantize", "quantize_model", "save", "texts"]
+__all__ += ["Scheme", "Stats", "allocate", "divergence", "format", "formats", "inputs", "label"]
+__all__ += ["load", "lora", "methods", "perplexity", "plan", "quantize", "quantize_model"]
+__all__ += ["recipes", "save", "texts"]

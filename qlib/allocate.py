@@ -45,7 +45,8 @@ def damage(
         found[name] = {}
         for format in formats:
             q = named_format(format).quantize(layer.weight)
-            replace_layer(model, name, dequantized(QLinear(q, layer.bias)))
+            turn, inputs = getattr(layer, "transform", None), getattr(layer, "inputs", None)
+            replace_layer(model, name, dequantized(QLinear(q, layer.bias, turn, inputs)))
             try:
                 found[name][format] = divergence(reference, model, protocol).kl
             finally:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .activations import Inputs
+from .linear import read_by
 from .structure import linears
 
 
@@ -21,7 +23,8 @@ class Stats:
     Args:
         hessian: mean of x x^T, float32 [in, in]; half the Hessian of the layer's mean squared
             output error in any row of its weight (GPTQ, arXiv 2210.17323, eq. 1).
-        mean_abs: mean of |x|, [in]; amax: largest |x|, [in].
+        mean_abs: mean of |x|, [in].
+        low, high: smallest and largest x of every channel in each window of text, [windows, in].
         tokens: how many input vectors were seen.
 
     >>> stats = Stats.of(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
@@ -34,16 +37,18 @@ class Stats:
 
     hessian: Float[Tensor, "in in"]
     mean_abs: Float[Tensor, " in"]
-    amax: Float[Tensor, " in"]
+    low: Float[Tensor, "windows in"]
+    high: Float[Tensor, "windows in"]
     tokens: int = 0
 
     @classmethod
-    def of(cls, x: Float[Tensor, "*tokens in"]) -> Stats:
-        """Statistics of the inputs `x`."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+    def of(cls, x: Float[Tensor, "*windows tokens in"]) -> Stats:
+        """Statistics of the inputs `x`, of one window [tokens, in] or of several."""
+        windows = (x if x.ndim > 2 else x[None]).detach().float().flatten(0, -3)
+        x = windows.flatten(0, 1)
         n = max(1, len(x))
-        amax = x.abs().amax(0) if len(x) else x.new_zeros(x.shape[1])
-        return cls((x.T @ x).div_(n), x.abs().sum(0).div_(n), amax, len(x))
+        low, high = windows.aminmax(dim=1) if len(x) else x.new_zeros(2, 0, x.shape[1])
+        return cls((x.T @ x).div_(n), x.abs().sum(0).div_(n), low, high, len(x))
 
     def merge(self, other: Stats) -> None:
         """Take the inputs that `other` saw into the means."""
@@ -51,8 +56,21 @@ class Stats:
         share = other.tokens / max(1, tokens)
         self.hessian.lerp_(other.hessian, share)
         self.mean_abs.lerp_(other.mean_abs, share)
-        self.amax = torch.maximum(self.amax, other.amax)
+        self.low = torch.cat([self.low, other.low])
+        self.high = torch.cat([self.high, other.high])
         self.tokens = tokens
+
+    @property
+    def amax(self) -> Float[Tensor, " in"]:
+        """Largest |x| of every input channel, 0 where no token was seen."""
+        ends = torch.cat([self.low, self.high, torch.zeros_like(self.mean_abs)[None]])
+        return ends.abs().amax(0)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest x of a window, averaged over the windows: the range of static
+        activations, which one rare token is not to decide."""
+        return self.low.amin(1).mean().item(), self.high.amax(1).mean().item()
 
     @property
     def mean_square(self) -> Float[Tensor, " in"]:
@@ -79,12 +97,14 @@ class Block:
         calls: one call for every batch of windows; empty without calibration.
         targets: for every call, the hidden states that the original model has after the block;
             None if they were not asked for.
+        activations: how the linear layers will quantize what they read, by their names in it.
     """
 
     name: str
     module: nn.Module
     calls: list[Call] = field(default_factory=list)
     targets: list[Float[Tensor, "batch time hidden"]] | None = None
+    activations: Mapping[str, Inputs] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -187,7 +207,9 @@ def _shared(stats: dict[str, Stats]) -> dict[str, Stats]:
 def _listening(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]):
     """While open, `see(name, x)` is called with the input x of every layer that runs."""
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        layer.register_forward_pre_hook(
+            lambda layer, args, name=name: see(name, read_by(layer, args[0]))
+        )
         for name, layer in layers.items()
     ]
     try:

@@ -7,7 +7,8 @@ what it was. AWQ and SmoothQuant choose s; the model stays an ordinary checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,23 @@ def folds(block: Block) -> list[Fold]:
     if _preserve(candidates, block, call, before):
         return candidates
     return [fold for fold in candidates if _preserve([fold], block, call, before)]
+
+
+def folds_before(block: Block, layers: Set[str], cannot: str, done: str) -> list[Fold]:
+    """The folds that some of these layers read. Warns of the layers that read none of them.
+
+    Args:
+        cannot: what the caller cannot do to them, as in "awq cannot rescale".
+        done: what it does instead, as in "rounded".
+    """
+    found = [fold for fold in folds(block) if not layers.isdisjoint(fold.consumers)]
+    missed = sorted(layers - {name for fold in found for name in fold.consumers})
+    if missed:
+        where = f"these layers of {type(block.module).__name__}"
+        more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
+        names = f"{', '.join(missed[:4])}{more}; they are {done} as they are"
+        warnings.warn(f"{cannot} what {where} read: {names}", stacklevel=3)
+    return found
 
 
 def _candidates(module: nn.Module) -> Iterator[Fold]:

@@ -1,6 +1,11 @@
-"""QLinear: a linear layer that keeps and computes from the packed tensor."""
+"""QLinear: a linear layer that keeps and computes from the packed tensor.
+
+What it reads may be moved to another basis first, and quantized as well.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -9,6 +14,7 @@ from torch import Tensor, nn
 from .qtensor import QTensor
 
 try:
+    from .activations import Inputs, name_of, rounded
     from .kernels import operator
     from .kernels.dequantize import input_gradient
     from .kernels.dispatch import Product
@@ -17,16 +23,22 @@ except ImportError as error:
     message = "qlib.kernels is missing: install the checkout with `pip install -e .` (make does so)"
     raise ImportError(message) from error
 
+if TYPE_CHECKING:
+    from .transform import Transform
+
 
 class _Differentiable(torch.autograd.Function):
-    """`x @ q.dequantize().T`; what the gradient needs is kept packed (QLoRA, section 3)."""
+    """`layer(x)`; what the gradient needs is kept packed (QLoRA, section 3).
+
+    The gradient passes the rounding of inputs as if it were not there (straight through).
+    """
 
     @staticmethod
-    def forward(ctx, x: Float[Tensor, "*batch in"], product: Product) -> Float[Tensor, "*batch o"]:
-        q = product.q
+    def forward(ctx, x: Float[Tensor, "*batch in"], layer: QLinear) -> Float[Tensor, "*batch o"]:
+        q = layer.weight
         ctx.format, ctx.shape, ctx.names = q.format, q.shape, tuple(q.parts)
         ctx.save_for_backward(*q.parts.values())
-        return product(x.detach())
+        return layer.multiply(x.detach())
 
     @staticmethod
     def backward(ctx, gradient: Float[Tensor, "*batch o"]) -> tuple[Tensor, None]:
@@ -34,7 +46,24 @@ class _Differentiable(torch.autograd.Function):
         return input_gradient(gradient, q), None
 
 
-class QLinear(nn.Module):
+class _Reading:
+    """How a layer quantizes what it reads: as an object, and by the name of torch's operator."""
+
+    @property
+    def inputs(self) -> Inputs | None:
+        return self._inputs
+
+    @inputs.setter
+    def inputs(self, inputs: Inputs | None) -> None:
+        self._inputs, self._rounding = inputs, None if inputs is None else name_of(inputs)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # Another process has other names.
+        self.inputs = self._inputs
+
+
+class QLinear(_Reading, nn.Module):
     """`x @ weight.T + bias` with a quantized weight, differentiable in `x`.
 
     The parts of the weight are buffers, so they move between devices with the module; unlike
@@ -43,9 +72,14 @@ class QLinear(nn.Module):
     Args:
         weight: QTensor of shape [out, in].
         bias: [out] or None.
+        transform: the basis that the weight is in; inputs are moved to it in every call.
+        inputs: how inputs are quantized then; None leaves them as they are.
     """
 
-    def __init__(self, weight: QTensor, bias: Float[Tensor, " out"] | None = None):
+    def __init__(
+        self, weight: QTensor, bias: Float[Tensor, " out"] | None = None,
+        transform: Transform | None = None, inputs: Inputs | None = None,
+    ):  # fmt: skip
         super().__init__()
         if len(weight.shape) != 2:
             raise ValueError(f"a linear weight is [out, in], got {list(weight.shape)}")
@@ -56,6 +90,7 @@ class QLinear(nn.Module):
         for part, name in self._names.items():
             self.register_buffer(name, weight.parts[part])
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.transform, self.inputs = transform, inputs
         self._product, self._product_of = None, ()
 
     @property
@@ -66,14 +101,23 @@ class QLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The matrix product by the fastest kernel that knows the format."""
+        x = x if self.transform is None else self.transform.input(x)
         if torch.compiler.is_compiling():
             q = self.weight
+            x = x if self.inputs is None else rounded(x, self._rounding)
             y = operator.matmul(x, list(q.parts.values()), self._format_name, list(q.shape))
         elif x.requires_grad and torch.is_grad_enabled():
-            y = _Differentiable.apply(x, self._ready())
+            y = _Differentiable.apply(x, self)
         else:
-            y = self._ready()(x)
+            y = self.multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The product of the quantized inputs and the weight, without transform and bias."""
+        if self.inputs is None or not x.numel():
+            return self._ready()(x)
+        rows = x.reshape(-1, x.shape[-1])
+        return self.inputs.product(rows, self._ready()).view(*x.shape[:-1], -1)
 
     def _ready(self) -> Product:
         """The product with the weight that the buffers hold now."""
@@ -87,8 +131,13 @@ class QLinear(nn.Module):
         # What is ready for this process is of no use to a copy.
         return self.__dict__ | {"_product": None, "_product_of": ()}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._format_name = operator.name_of(self.format)
+
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format}"
+        size = f"{self.in_features}, {self.out_features}, {self.format}"
+        return size if self.inputs is None else f"{size}, inputs {self.inputs}"
 
     def _apply(self, fn, recurse: bool = True):
         dtypes = {name: getattr(self, name).dtype for name in self._names.values()}
@@ -101,13 +150,44 @@ class QLinear(nn.Module):
         return self
 
 
+class DenseLinear(_Reading, nn.Linear):
+    """nn.Linear that moves its inputs to another basis, and quantizes them, as QLinear does.
+
+    Arguments as for QLinear; weight [out, in] and bias are parameters, taken as they are.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None = None,
+        transform: Transform | None = None, inputs: Inputs | None = None,
+    ):  # fmt: skip
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight, self.bias = weight, bias
+        self.transform, self.inputs = transform, inputs
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        x = x if self.transform is None else self.transform.input(x)
+        x = x if self.inputs is None else rounded(x, self._rounding)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        size = super().extra_repr()
+        return size if self.inputs is None else f"{size}, inputs {self.inputs}"
+
+
 def dequantized(layer: QLinear) -> nn.Linear:
-    """The ordinary float32 layer that computes the same function as `layer`."""
-    weight = layer.weight.dequantize()
+    """The float32 layer that computes the same function as `layer`, an ordinary one if one can."""
+    weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+    if layer.transform is not None or layer.inputs is not None:
+        return DenseLinear(weight, layer.bias, layer.transform, layer.inputs)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = layer.bias
+    linear.weight, linear.bias = weight, layer.bias
     return linear
+
+
+def read_by(layer: nn.Linear | QLinear, x: Float[Tensor, "*batch in"]) -> Tensor:
+    """What `layer` multiplies its weight with when it is given `x`, before it is quantized."""
+    transform = getattr(layer, "transform", None)
+    return x if transform is None else transform.input(x)
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -13,18 +13,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qlib.cache import Cache, DenseCache, attention
 from qlib.config import Config
 
 Tokens = Int[Tensor, "batch time"]
 Hidden = Float[Tensor, "batch time hidden"]
 Heads = Float[Tensor, "batch heads time head_dim"]
 Rotation = tuple[Float[Tensor, "time head_dim"], Float[Tensor, "time head_dim"]]
-Past = Float[Tensor, "batch groups _ head_dim"]
-Cache = list[tuple[Past, Past]]  # keys and values of every layer
 
 
 class RMSNorm(nn.Module):
-    """Divide a vector by its root mean square, in float32 (Zhang and Sennrich 2019, eq. 4)."""
+    """Divide by the root mean square, in float32 at least (Zhang and Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -32,7 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Hidden) -> Hidden:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
@@ -95,26 +94,8 @@ class Attention(nn.Module):
         q = rotate(self._heads(self.q_proj(x)), rope)
         k = rotate(self._heads(self.k_proj(x)), rope)
         v = self._heads(self.v_proj(x))
-        if cache is not None:
-            k, v = _extend(cache, self.index, k, v)
-        time, past = q.shape[2], k.shape[2] - q.shape[2]
-        # is_causal aligns its mask to the first key, so new tokens after a past need their own.
-        mask = None
-        if past and time > 1:
-            mask = torch.ones(time, past + time, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=not past and time > 1, enable_gqa=True
-        )
+        y = attention(q, k, v) if cache is None else cache.attend(q, k, v, self.index)
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-def _extend(cache: Cache, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if index == len(cache):
-        cache.append((k, v))
-    else:
-        old_k, old_v = cache[index]
-        cache[index] = (torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2))
-    return cache[index]
 
 
 class MLP(nn.Module):
@@ -174,11 +155,11 @@ class Decoder(nn.Module):
         return self
 
     def hidden(self, tokens: Tokens, cache: Cache | None = None) -> Hidden:
-        """Return the vectors after the final norm; a ``cache`` (at first ``[]``) grows in place.
+        """Return the vectors after the final norm; a ``cache`` remembers the tokens, in place.
 
         Raises ValueError when the sequence outgrows max_position_embeddings.
         """
-        past = cache[0][0].shape[2] if cache else 0
+        past = 0 if cache is None else cache.length
         stop, limit = past + tokens.shape[1], self.config.max_position_embeddings
         if stop > limit:
             raise ValueError(f"{stop} tokens exceed the model's max_position_embeddings {limit}")
@@ -205,16 +186,18 @@ class Decoder(nn.Module):
         max_new_tokens: int,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        cache: Cache | None = None,
     ) -> Int[Tensor, "batch longer"]:
         """Append up to ``max_new_tokens`` tokens; stop when every row's newest is an end token.
 
         Temperature 0 takes the likeliest token; above 0 it samples softmax(logits / temperature).
+        The tokens continue what a ``cache`` holds; without one, keys and values are kept in full.
         """
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers [batch, length], got {list(tokens.shape)}")
         ends = () if self.config.eos_token_id is None else self.config.eos_token_id
         ends = torch.tensor(ends, dtype=tokens.dtype, device=tokens.device).reshape(-1)
-        cache: Cache = []
+        cache = DenseCache() if cache is None else cache
         new = tokens
         for _ in range(max_new_tokens):
             logits = self.head(self.hidden(new, cache)[:, -1])

@@ -32,8 +32,7 @@ def mx(element: str, rule: str | None = None) -> Scheme:
 
 
 def nvfp4(rule: str | None = None, reciprocal: str | None = None) -> Scheme:
-    """NVFP4: 16 elements share an E4M3 scale, and all scales of a tensor one float32: the block
-    scales are themselves a tensor quantized to E4M3."""
+    """NVFP4: 16 elements share an E4M3 scale; all scales of a tensor share a float32 one."""
     fits = {None: fit.absmax, "mse": fit.mse, "4over6": fit.four_over_six}
     # Scales in units of a power of two keep four significant bits, which that fit counts on.
     outer = fit.pow2_rceil if rule == "4over6" else fit.absmax
@@ -45,6 +44,15 @@ def _blockwise(points: grid.Grid, size: str | None, double: str | None) -> Schem
     """QLoRA (arXiv 2305.14314): one float32 absmax for 64 weights, or that in 8 bits and a bit."""
     scale = DoubleQuant() if double else torch.float32
     return Scheme(points, int(size or 64), fit.absmax, scale=scale)
+
+
+def fp8(element: str, block: str | None = None) -> Scheme:
+    """E4M3 or E5M2 with a float32 scale for a row (the default), the tensor or a group."""
+    return Scheme(grid.GRIDS[element], _block(block), fit.absmax, scale=torch.float32)
+
+
+def _block(name: str | None) -> int | str:
+    return int(name[1:]) if (name or "row").startswith("g") else name or "row"
 
 
 def _mlx(bits: str, size: str | None) -> Scheme:
@@ -61,8 +69,7 @@ NF4_DQ = _blockwise(grid.NF4, None, "-dq")
 FP4_BNB = _blockwise(grid.BNB_FP4, None, None)
 # BitNet b1.58 (arXiv 2402.17764): one absmean scale for a whole matrix, five trits to a byte.
 TERNARY = Scheme(grid.TERNARY, "tensor", fit.absmean)
-FP8_E4M3 = Scheme(grid.E4M3, "row", fit.absmax, scale=torch.float32)
-FP8_E5M2 = Scheme(grid.E5M2, "row", fit.absmax, scale=torch.float32)
+
 
 NAMED: dict[str, Format] = {
     "nf4": NF4,
@@ -76,8 +83,8 @@ NAMED: dict[str, Format] = {
     "mxfp8_e4m3": MXFP8_E4M3,
     "mxfp8_e5m2": MXFP8_E5M2,
     "mxint8": MXINT8,
-    "fp8_e4m3": FP8_E4M3,
-    "fp8_e5m2": FP8_E5M2,
+    "fp8_e4m3": fp8("e4m3"),
+    "fp8_e5m2": fp8("e5m2"),
     "ternary": TERNARY,
 }
 # The block formats of llama.cpp: q4_0, q4_k, iq4_xs, ... as rows of bytes for a GGUF file.
@@ -85,7 +92,7 @@ NAMED |= ggml.FORMATS
 
 
 def _integer(bits: str, block: str | None, kind: str | None, search: str | None) -> Scheme:
-    size = int(block[1:]) if (block or "row").startswith("g") else block or "row"
+    size = _block(block)
     if kind in ("asym", "offset"):
         levels = grid.GRIDS[f"uint{bits}"]
         stored = levels if kind == "asym" else torch.float16
@@ -101,6 +108,7 @@ FAMILIES: dict[str, Callable[..., Scheme]] = {
     r"int([1-8])(?:-(g[1-9]\d*|row|tensor))?(?:-(sym|asym|offset))?(-mse)?": _integer,
     rf"mx({'|'.join(ELEMENTS)})(?:-(floor|ceil|even|rceil|mse))?": mx,
     r"nvfp4(?:-(mse|4over6))?(-reciprocal)?": nvfp4,
+    r"fp8_(e4m3|e5m2)(?:-(g[1-9]\d*|row|tensor))?": fp8,
     rf"nf([2-8]){SIZE}(-dq)?": lambda bits, *rest: _blockwise(grid.GRIDS[f"nf{bits}"], *rest),
     rf"fp4_bnb{SIZE}(-dq)?": lambda *rest: _blockwise(grid.BNB_FP4, *rest),
     rf"lloyd([2-8]){SIZE}": lambda bits, size: Scheme(
@@ -111,7 +119,7 @@ FAMILIES: dict[str, Callable[..., Scheme]] = {
 EXAMPLES = ["int8", "int8-tensor", "int6-g64", "int4-row", "int4-g128", "int4-g32-asym"]
 EXAMPLES += ["int3-g64-asym-mse", "int2-g32-asym", "int4-g64-offset", "int1-g32"]
 EXAMPLES += ["mxfp4-mse", "mxfp8_e4m3-rceil", "nvfp4-4over6", "nvfp4-mse-reciprocal"]
-EXAMPLES += ["nf3", "nf4-g128-dq", "lloyd4", "lloyd2-g128", "mlx4", "mlx3-g32"]
+EXAMPLES += ["fp8_e4m3-tensor", "nf3", "nf4-g128-dq", "lloyd4", "lloyd2-g128", "mlx4", "mlx3-g32"]
 
 
 def format(name: str) -> Format:
@@ -125,6 +133,7 @@ def format(name: str) -> Format:
       is floor (the default), ceil, even, rceil or mse.
     - nvfp4[-mse|-4over6][-reciprocal]: NVFP4, and how its block scale is found; reciprocal is
       compressed-tensors' way to store the scale of the tensor.
+    - fp8_{e4m3|e5m2}[-g{n}|-row|-tensor]: FP8 with a float32 scale, of a row without a block.
     - nf{2..8}[-g{n}][-dq], fp4_bnb[-g{n}][-dq]: bitsandbytes' tables; blocks of 64 without a size,
       a float32 absmax, with dq in 8 bits (double quantization).
     - lloyd{2..8}[-g{n}]: the best levels for a Gaussian; blocks of 64 without a size, one float16

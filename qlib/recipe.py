@@ -3,75 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from .activations import Inputs
 from .block import Block, Stats
 from .calibrate import Calibration, calibrated_blocks
 from .files.resume import Resume, fingerprint
-from .linear import QLinear, replace_layer
-from .methods import METHODS, Method, rtn
+from .linear import DenseLinear, QLinear, replace_layer
+from .methods import Method, rtn
 from .metrics import proxy_loss, snr_db
-from .presets import format as named_format
 from .progress import bar
 from .qtensor import Format, QTensor
 from .report import BlockResult, LayerResult, Plan, Report, Step, bytes_by_kind
+from .rules import Recipe
 from .structure import decoder_blocks, decoder_linears
 
 UNREACHED = ("refuse", "keep", "rtn")
 # Set on a model while its weights are being replaced.
 UNFINISHED = "_qlib_unfinished"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What every linear layer of a model becomes.
-
-    Args:
-        format: name or object for layers that no rule matches.
-        rules: (pattern, format or None) pairs; the first shell-style pattern that matches a layer's
-            name decides, and None leaves the layer as it is.
-        method: a name in `qlib.methods.METHODS`, a Method, or a function (weight, format) ->
-            QTensor.
-
-    >>> recipe = Recipe("int4-g128", rules=(("*.down_proj", "int6-g64"), ("*.0.*", None)))
-    >>> recipe.choose("model.layers.5.mlp.down_proj").block
-    64
-    """
-
-    format: str | Format
-    rules: tuple[tuple[str, str | Format | None], ...] = ()
-    method: str | Method | Callable = "rtn"
-
-    def __post_init__(self):
-        if not all(isinstance(rule, tuple) and len(rule) == 2 for rule in self.rules):
-            raise ValueError(f"rules are (pattern, format) pairs in a tuple, got {self.rules!r}")
-
-    def choose(self, layer: str) -> Format | None:
-        """The format of the layer called `layer`, or None if it stays as it is."""
-        matches = (chosen for pattern, chosen in self.rules if fnmatch.fnmatch(layer, pattern))
-        chosen = next(matches, self.format)
-        return named_format(chosen) if isinstance(chosen, str) else chosen
-
-    def chosen_method(self) -> Method:
-        """The method as data. Raises ValueError, with the nearest name, if unknown."""
-        if isinstance(self.method, Method):
-            return self.method
-        if callable(self.method):
-            return Method(getattr(self.method, "__qualname__", "function"), self.method)
-        if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)
-            raise ValueError(f"unknown method {self.method!r}: did you mean {near[0]!r}?")
-        return METHODS[self.method]
 
 
 def plan(model: nn.Module, recipe: str | Format | Recipe) -> Plan:
@@ -80,16 +37,19 @@ def plan(model: nn.Module, recipe: str | Format | Recipe) -> Plan:
     Raises ValueError naming the layer if a weight is empty or not finite, or if a rule of the
     recipe matches nothing.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
+    recipe = Recipe.of(recipe)
     layers = decoder_linears(model)
-    for pattern, _ in recipe.rules:
+    for pattern, _ in (*recipe.rules, *recipe.activation_rules):
         if not fnmatch.filter(layers, pattern):
             example = next(iter(layers))
             raise ValueError(
                 f"rule {pattern!r} matches no layer; names look like {example} (embeddings and "
                 "the output head stay as they are)"
             )
-    steps = tuple(_step(name, layer, recipe.choose(name)) for name, layer in layers.items())
+    steps = tuple(
+        _step(name, layer, recipe.choose(name), recipe.choose_inputs(name))
+        for name, layer in layers.items()
+    )
     planned = {id(layer.weight) for layer in layers.values()}
     packed = [module.weight for module in model.modules() if isinstance(module, QLinear)]
     planned |= {id(part) for q in packed for part in q.parts.values()}
@@ -100,7 +60,7 @@ def plan(model: nn.Module, recipe: str | Format | Recipe) -> Plan:
     return Plan(steps, size, weights, " and ".join(dtypes))
 
 
-def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
+def _step(name: str, layer: nn.Linear, format: Format | None, inputs: Inputs | None) -> Step:
     weight = layer.weight
     shape = tuple(weight.shape)
     if weight.numel() == 0:
@@ -110,7 +70,8 @@ def _step(name: str, layer: nn.Linear, format: Format | None) -> Step:
         raise ValueError(f"{name} {list(shape)}: {bad} NaN or infinite weights; repair them first")
     dense = weight.numel() * weight.element_size()
     with _naming(name):
-        return Step(name, shape, format, dense if format is None else format.nbytes(shape))
+        size = dense if format is None else format.nbytes(shape)
+        return Step(name, shape, format, size, inputs)
 
 
 @torch.no_grad()
@@ -124,7 +85,7 @@ def quantize_model(
     Args:
         model: our Decoder or any Hugging Face causal LM; peak memory is the model as loaded plus
             the activations and statistics of one block.
-        recipe: a format name, a format, or a Recipe with rules.
+        recipe: a format name, a format, a name in RECIPES such as "w8a8", or a Recipe with rules.
         method: overrides the recipe's method.
         calibration: a Calibration, or tokens as `Calibration.of` takes them, for the methods that
             look at data.
@@ -132,7 +93,8 @@ def quantize_model(
         original_inputs: calibrate every block on what the original blocks before it put out,
             instead of on what the quantized ones do.
         unreached: what becomes of a layer that no calibration token reaches (a rare expert):
-            "refuse" raises, "keep" leaves it as it is, "rtn" rounds it to nearest.
+            "refuse" raises, "keep" leaves it as it is, "rtn" rounds it to nearest; either leaves
+            its inputs as they are if they were to be static.
         resume: a folder that keeps every finished block; the same call made again after an
             interruption continues there and ends with the same bytes.
 
@@ -143,26 +105,30 @@ def quantize_model(
         raise ValueError(f"unreached is one of {', '.join(UNREACHED)}, got {unreached!r}")
     if getattr(model, UNFINISHED, False):
         raise ValueError("the quantization of this model failed half-way: load it again")
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
-    chosen = replace(recipe, method=method or recipe.method).chosen_method()
+    recipe = Recipe.of(recipe).with_method(method)
+    chosen = recipe.chosen_method()
     planned = plan(model, recipe)
     data = _calibration(calibration, chosen, planned)
     report = Report(planned, chosen.name, "none" if data is None else str(data))
     start = time.perf_counter()
     settings = [chosen.name, original_inputs, unreached]
+    settings += sorted(planned.activations)
     finished = resume and Resume(resume, fingerprint(model, planned, data, settings))
     blocks = calibrated_blocks(model, data, original_inputs=original_inputs, targets=chosen.targets)
     for block in bar(blocks, "quantizing", "block", progress, len(decoder_blocks(model)[1])):
         result = finished.load(block) if finished else None
         if result is None:
-            result = _quantize_block(block, _formats(planned, block), chosen, unreached)
+            steps = _steps(planned, block)
+            block.activations = {n: step.inputs for n, step in steps.items() if step.inputs}
+            formats = {name: step.format for name, step in steps.items() if step.format is not None}
+            result = _quantize_block(block, formats, chosen, unreached)
+            result.inputs = _observed(block, result, unreached)
             if finished:
                 finished.save(block, result)
         setattr(model, UNFINISHED, True)
-        for name, q in result.tensors.items():
-            layer = block.module.get_submodule(name)
-            # A block that is itself a linear layer has the name "" in itself.
-            replace_layer(model, f"{block.name}.{name}".rstrip("."), QLinear(q, layer.bias))
+        for name in result.tensors | result.inputs:
+            layer = _replacement(block.linears[name], result, name)
+            replace_layer(model, _full(block, name), layer)
         report.layers += result.layers
         report.unreached += result.unreached
     vars(model).pop(UNFINISHED, None)
@@ -170,17 +136,55 @@ def quantize_model(
     return report
 
 
+def _replacement(layer: nn.Linear, result: BlockResult, name: str) -> nn.Module:
+    transform, inputs = getattr(layer, "transform", None), result.inputs.get(name)
+    if name in result.tensors:
+        return QLinear(result.tensors[name], layer.bias, transform, inputs)
+    return DenseLinear(layer.weight, layer.bias, transform, inputs)
+
+
+def _observed(block: Block, result: BlockResult, unreached: str) -> dict[str, Inputs]:
+    """The block's inputs; where they have one range for all text, the one that it has there."""
+    chosen = dict(block.activations)
+    if unreached == "keep":
+        chosen = {n: one for n, one in chosen.items() if _full(block, n) not in result.unreached}
+    if all(inputs.is_ready for inputs in chosen.values()):
+        return chosen
+    stats = result.stats or block.stats()
+    for name, inputs in block.activations.items():
+        if not inputs.is_ready and not stats[name].tokens:
+            if unreached == "refuse":
+                raise _no_token(block, name)
+            # A range that nothing was seen of would be empty: these inputs stay as they are.
+            chosen.pop(name, None)
+            result.unreached += {_full(block, name)} - set(result.unreached)
+    return {name: inputs.observed(*stats[name].ends) for name, inputs in chosen.items()}
+
+
+def _full(block: Block, name: str) -> str:
+    # A block that is itself a linear layer has the name "" in itself.
+    return f"{block.name}.{name}".rstrip(".")
+
+
+def _no_token(block: Block, name: str) -> ValueError:
+    return ValueError(
+        f"{_full(block, name)}: no calibration token reaches this layer; give more text, "
+        "or say unreached='keep' or unreached='rtn'"
+    )
+
+
 def _calibration(calibration, method: Method, planned: Plan) -> Calibration | None:
-    if method.sees == "weight":
+    if method.sees == "weight" and not planned.is_static:
         return None
     if calibration is None:
+        what = f"method {method.name!r} looks at"
+        what = "ranges of static activations come from" if method.sees == "weight" else what
         raise ValueError(
-            f"method {method.name!r} looks at data: pass calibration=token ids, "
-            "for example qlib.Calibration.text(tokenizer)"
+            f"{what} data: pass calibration=token ids, for example qlib.Calibration.text(tokenizer)"
         )
     data = Calibration.of(calibration)
     widest = max((step.shape[1] for step in planned.steps if step.format is not None), default=0)
-    if data.tokens < widest:
+    if data.tokens < widest and method.sees != "weight":
         warnings.warn(
             f"{data.tokens} calibration tokens for layers of up to {widest} inputs: with fewer "
             f"than several tokens for each input {method.name} can be worse than rounding",
@@ -189,11 +193,11 @@ def _calibration(calibration, method: Method, planned: Plan) -> Calibration | No
     return data
 
 
-def _formats(planned: Plan, block: Block) -> dict[str, Format]:
-    """Formats of the block's layers that are to be quantized, by their names in the block."""
+def _steps(planned: Plan, block: Block) -> dict[str, Step]:
+    """The plan of the block's layers, by their names in the block."""
     start = f"{block.name}."
-    steps = [s for s in planned.steps if f"{s.layer}.".startswith(start) and s.format is not None]
-    return {f"{s.layer}.".removeprefix(start).rstrip("."): s.format for s in steps}
+    steps = [step for step in planned.steps if f"{step.layer}.".startswith(start)]
+    return {f"{step.layer}.".removeprefix(start).rstrip("."): step for step in steps}
 
 
 def _quantize_block(
@@ -205,10 +209,7 @@ def _quantize_block(
         reached = block.reached()
     missing = [] if method.sees == "weight" else [name for name in formats if name not in reached]
     if missing and unreached == "refuse":
-        raise ValueError(
-            f"{block.name}.{missing[0]}: no calibration token reaches this layer; give more text, "
-            "or say unreached='keep' or unreached='rtn'"
-        )
+        raise _no_token(block, missing[0])
     chosen = {name: format for name, format in formats.items() if name not in missing}
     if method.sees == "block":
         with _naming(block.name):
@@ -225,7 +226,7 @@ def _quantize_block(
     if unreached == "rtn":
         tensors |= {name: rtn(block.linears[name].weight, formats[name]) for name in missing}
     layers = [_result(block, name, q, stats.get(name)) for name, q in tensors.items()]
-    return BlockResult(tensors, layers, [f"{block.name}.{name}" for name in missing])
+    return BlockResult(tensors, layers, [_full(block, name) for name in missing], stats=stats)
 
 
 def _together(formats: dict[str, Format], stats: dict[str, Stats]) -> list[list[str]]:
@@ -253,9 +254,8 @@ def _result(block: Block, name: str, q: QTensor, stats: Stats | None) -> LayerRe
     if stats is not None and stats.tokens:
         loss = proxy_loss(weight, rounded, stats.hessian)
         output = -10 * math.log10(loss) if loss > 0 else math.inf
-    layer = f"{block.name}.{name}".rstrip(".")
     ratio = snr_db(weight, rounded)
-    return LayerResult(layer, q.shape, q.format, bytes_by_kind(q), ratio, output)
+    return LayerResult(_full(block, name), q.shape, q.format, bytes_by_kind(q), ratio, output)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
+from .activations import Inputs
+from .block import Stats
 from .qtensor import Format, QTensor
 
 KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zeros", "offset": "zeros"}
@@ -19,6 +22,7 @@ class Step:
     shape: tuple[int, int]
     format: Format | None
     nbytes: int
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ class Plan:
         """Bits per weight of the whole model, unquantized tensors included."""
         weights = self.other_weights + sum(math.prod(step.shape) for step in self.steps)
         return 8 * self.nbytes / weights
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """How inputs are quantized, and in how many layers."""
+        return Counter(str(step.inputs) for step in self.steps if step.inputs)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether some inputs need a range, which calibration has to find."""
+        return any(step.inputs and not step.inputs.is_ready for step in self.steps)
 
     def __str__(self) -> str:
         kept = sum(step.format is None for step in self.steps)
@@ -67,11 +81,16 @@ class LayerResult:
 
 @dataclass
 class BlockResult:
-    """What became of one decoder block: its tensors by layer, their results, who saw no token."""
+    """What became of one decoder block: its tensors by layer, their results, who saw no token.
+
+    `inputs` says by layer how inputs are quantized, `stats` what the method saw of them, if it did.
+    """
 
     tensors: dict[str, QTensor]
     layers: list[LayerResult]
     unreached: list[str]
+    inputs: dict[str, Inputs] = field(default_factory=dict)
+    stats: dict[str, Stats] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,6 +138,8 @@ class Report:
             rows.append(("", f"(unquantized tensors are {self.plan.other_dtype})"))
             what = "weights" if worst.output_db is None else "outputs"
             rows.append(("worst layer", f"{worst.layer}, {_ratio(worst):.1f} dB in its {what}"))
+        kinds = self.plan.activations.items()
+        rows += [("activations", f"{kind} ({n} layers)") for kind, n in kinds]
         rows.append(("method", self.method))
         if self.calibration != "none":
             rows.append(("calibration", self.calibration))

@@ -17,8 +17,8 @@ from .files import checkpoint, gguf_export, gguf_llama, hf, quantized
 from .files.gguf_report import GgufReport
 from .lora import adapters
 from .model import Decoder
+from .permute import permute_channels
 from .tokenizer import Tokenizer
-from .transform import permute_channels
 
 # Trained by this project from scratch; its card lies beside the weights.
 SMALL = "bpw-small"

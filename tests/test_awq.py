@@ -10,8 +10,7 @@ import sys
 import pytest
 import torch
 from gptq_problems import losses, problem
-from tiny_models import CALIBRATED, huggingface, raises, tokens
-from torch import nn
+from tiny_models import CALIBRATED, huggingface, raises, tokens, uneven
 
 from qlib.block import Stats
 from qlib.calibrate import Calibration, calibrated_blocks
@@ -26,20 +25,9 @@ SHRINKS = torch.linspace(1.0, 0.5, 20).tolist()
 FOLDED = [name for name in CALIBRATED if name != "gpt-neox"]
 
 
-def build(name: str = "own-tied") -> nn.Module:
-    """A model whose channels differ in size: something to find."""
-    model = CALIBRATED[name]()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            spread = torch.empty_like(parameter).normal_(generator=generator)
-            parameter.data = parameter + spread.exp() - 1
-    return model
-
-
 def first_block(name: str = "own-tied", batch: int | None = None):
     calibration = Calibration.of(tokens(200), context=32)
-    return next(calibrated_blocks(build(name), calibration, batch))
+    return next(calibrated_blocks(uneven(name), calibration, batch))
 
 
 def formats_of(block, name: str = "int3-g16-asym") -> dict:
@@ -251,7 +239,7 @@ def test_codes_are_those_of_the_scaled_weights():
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_quantized_model_equals_its_dequantized_twin(clip):
-    model, ids = build(), tokens(200)
+    model, ids = uneven(), tokens(200)
     prompt = ids[:32].unsqueeze(0)
     original, gains = model(prompt), model.model.layers[0].input_layernorm.weight.data
     for block in calibrated_blocks(model, Calibration.of(ids, context=32)):

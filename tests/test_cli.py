@@ -163,6 +163,40 @@ def test_quantize_with_a_method_that_looks_at_data(run, tiny, tmp_path):
     assert all(torch.equal(t, state[n]) for n, t in expected.state_dict().items())
 
 
+def test_activations_are_planned_quantized_written_and_inspected(run, data, tiny, tmp_path):
+    kind = "int8, block row, absmax, scale float16, dynamic"
+    code, text, _ = run("plan", tiny, "--format", "w8a8")
+    assert code == 0
+    assert f"\ninputs: {kind} (14 layers)\n" in text
+    assert re.search(r"q_proj +\[32, 32\] +int8-row", text)
+    layers = data("plan", tiny, "--format", "int4-g32", "--activations", "int8-row")["layers"]
+    assert {(step["format"], step["inputs"]) for step in layers} == {("int4-g32", kind)}
+    layers = data("plan", tiny, "--format", "w8a8", "--activations", "none")["layers"]
+    assert {step["inputs"] for step in layers} == {None}
+    out, more = str(tmp_path / "out"), ("--tokens", "128", "--context", "64", "--quiet")
+    assert run("quantize", tiny, out, "--format", "w8a8-static", *more)[0] == 0
+    found = data("inspect", out)["inputs"]
+    assert len(found) == 1
+    assert json.loads(found[0])["static"]["block"] == "tensor"
+    assert '\ninputs: {"static": {"grid": "int8"' in run("inspect", out)[1]
+    model = zoo.load(out)[0]
+    layer = model.model.layers[1].mlp.down_proj
+    assert layer.inputs.low < 0 < layer.inputs.high
+
+
+def test_activations_are_refused_before_the_work(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "quantize_model", None)
+    line = ("quantize", tiny, str(tmp_path / "o"), "--format", "fp8", "--activations", "int8-row",
+            "--container", "compressed-tensors")  # fmt: skip
+    code, _, error = run(*line)
+    assert code == 1
+    assert error.startswith(
+        "qlib: model.layers.0.self_attn.q_proj [32, 32]: compressed-tensors cannot hold inputs as "
+        "int8, block row, absmax, scale float16, dynamic: vLLM has "
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def test_convert_keeps_packed_bytes_and_all_values(data, tiny, tmp_path):
     data("quantize", tiny, tmp_path / "q4", "--format", "q4_0")
     done = data("convert", tmp_path / "q4", tmp_path / "q4.gguf")
@@ -348,6 +382,8 @@ REFUSED = {
     "plan bpw-smal --format int4": f"unknown model 'bpw-smal': did you mean 'bpw-small'? {KNOWN}",
     "plan bpw-small --format int4-128": "unknown format 'int4-128': did you mean int4-g128, int8, "
     "nf4-g128-dq? qlib.formats() lists the names",
+    "plan bpw-small --format int4 --activations int8-row-static": "int8, block row, absmax, scale "
+    "float16 has scales for parts of the tensor; static inputs have one, as int8-tensor does",
     "plan bpw-small --format int4 --method gtpq": "unknown method 'gtpq': did you mean 'gptq'?",
     "plan bpw-small --format int4 --rule *.dwon=nf4": "rule '*.dwon' matches no layer; names look "
     "like model.layers.0.self_attn.q_proj (embeddings and the output head stay as they are)",
@@ -382,17 +418,23 @@ def test_refusals(run, line, tmp_path, monkeypatch):
     assert run(*line.split()) == (1, "", f"qlib: {message}\n")
 
 
+NEED = "--method, --rule and --activations need --format"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("", "the following arguments are required: COMMAND"),
         ("plan bpw-small", "one of the arguments --format --mix is required"),
         ("plan m --format int4 --rule x", "argument --rule: 'x' is not PATTERN=FORMAT"),
-        ("plan m --mix Q4_0 --rule *=nf4", "--method and --rule need --format"),
+        ("plan m --mix Q4_0 --rule *=nf4", NEED),
         ("quantize m out", "give --format"),
         ("quantize m out.gguf", "give --format or --mix"),
         ("quantize m out --mix Q4_0", "--mix and --importance are for .gguf files"),
-        ("quantize m o.gguf --mix Q4_0 --method gptq", "--method and --rule need --format"),
+        (
+            "quantize m o.gguf --mix Q4_0 --method gptq",
+            "--method, --rule and --activations need --format",
+        ),
         ("quantize m o.gguf --mix Q4_0 --resume x", "--resume needs --format"),
         ("eval m --tokens 0", "argument --tokens: '0' is not a whole number of 1 or more"),
     ],

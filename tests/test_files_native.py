@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import struct
@@ -15,8 +17,10 @@ import qlib
 from qlib import FormatError, fit, grid
 from qlib.files import native
 from qlib.ggml import BlockFormat
+from qlib.polarquant import PolarQuant
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
+from qlib.turboquant import TurboQuant
 
 
 def weight(rows: int = 4, cols: int = 64) -> torch.Tensor:
@@ -77,6 +81,37 @@ def test_two_levels_come_back(path):
     assert torch.equal(QTensor.load(path).dequantize(), q.dequantize())
 
 
+ROTATED = {
+    "turbo3": TurboQuant(3),
+    "sketch alone": TurboQuant(1, qjl=True, seed=5, norm=torch.float32),
+    "hadamard": TurboQuant(2, rotation="hadamard"),
+    "polar": PolarQuant(),
+    "two levels": PolarQuant((3, 1), "hadamard", 7, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_rotated_rows_come_back(path, name):
+    q = ROTATED[name].quantize(weight(3, 64 if "hadamard" in str(ROTATED[name]) else 70))
+    q.save(path)
+    loaded = QTensor.load(path)
+    assert (loaded.format, loaded.shape) == (q.format, q.shape)
+    assert loaded.tobytes() == q.tobytes()
+    assert torch.equal(loaded.dequantize(), q.dequantize())
+    # The same parts under another rotation mean other rows.
+    other = dataclasses.replace(loaded.format, seed=loaded.format.seed + 1)
+    assert not torch.allclose(other.decode(loaded.parts, loaded.shape), q.dequantize(), atol=0.1)
+
+
+def test_a_rotated_format_is_described_by_its_fields():
+    described = native.format_to_dict(TurboQuant(3, qjl=True, seed=4))
+    fields = {"bits": 3, "qjl": True, "rotation": "qr", "seed": 4, "norm": "float16"}
+    assert json.loads(json.dumps(described)) == {"turboquant": fields}
+    described = native.format_to_dict(PolarQuant((4, 2), "hadamard", radius=torch.float32))
+    fields = {"bits": [4, 2], "rotation": "hadamard", "seed": 0, "radius": "float32"}
+    assert json.loads(json.dumps(described)) == {"polarquant": fields}
+
+
 def test_any_safetensors_reader_sees_the_parts(path):
     q = qlib.quantize(weight(), "int4-g32-asym")
     q.save(path)
@@ -127,11 +162,12 @@ def test_cut_files(path):
         assert refusal(path).startswith("field 'header': not a valid safetensors file")
 
 
-@pytest.mark.parametrize("name", ["int4-g32-asym", "nvfp4", "mxfp8_e4m3", "learned"])
+@pytest.mark.parametrize("name", ["int4-g32-asym", "nvfp4", "mxfp8_e4m3", "learned", *ROTATED])
 def test_random_bytes_raise_format_error_or_load(path, name):
     """200 mutations of one to three bytes: FormatError, or a tensor without NaN."""
     own = Scheme(grid.Grid("mine", torch.tensor([-1.0, -0.2, 0.0, 0.2, 1.0])), 32, fit.absmax)
-    (own if name == "learned" else qlib.format(name)).quantize(weight()).save(path)
+    formats = ROTATED | {"learned": own}
+    (formats[name] if name in formats else qlib.format(name)).quantize(weight()).save(path)
     raw, rng = path.read_bytes(), np.random.default_rng(0)
     refused = 0
     for _ in range(200):

@@ -10,8 +10,10 @@ import torch
 
 import qlib
 from qlib import FormatError, fit, grid
+from qlib.polarquant import PolarQuant
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
+from qlib.turboquant import TurboQuant
 
 INT4 = {"grid": "uint4", "block": 32, "fit": "minmax", "scale": "float16"}
 INT4["offset"] = {"grid": "uint4"}
@@ -157,6 +159,95 @@ def test_hostile_schemes(path, change, message):
     assert refusal(path) == HERE + message
 
 
+TURBO = {"bits": 3, "qjl": True, "rotation": "qr", "seed": 0, "norm": "float16"}
+POLAR = {"bits": [4, 2], "rotation": "qr", "seed": 0, "radius": "float16"}
+SEED = "seed is an int from 0 to 2**32 - 1, got "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 9}, "TurboQuant has 1 to 8 bits, got 9"),
+        ({"bits": "3"}, "TurboQuant has 1 to 8 bits, got '3'"),
+        ({"bits": True}, "TurboQuant has 1 to 8 bits, got True"),
+        ({"qjl": 1}, "qjl is True or False, got 1"),
+        ({"seed": 1.5}, SEED + "1.5"),
+        ({"seed": -1}, SEED + "-1"),
+        ({"seed": 2**32}, SEED + "4294967296"),
+        ({"rotation": "magic"}, "rotation is one of qr, hadamard, got 'magic'"),
+        ({"rotation": ["qr"]}, "rotation is one of qr, hadamard, got ['qr']"),
+        ({"norm": "int8"}, "norms are stored as float16 or float32, got None"),
+        ({"norm": ["float16"]}, "norms are stored as float16 or float32, got None"),
+        ({"norm": "bfloat16"}, "norms are stored as float16 or float32, got torch.bfloat16"),
+        ({"more": 1}, "turboquant has exactly the fields bits, qjl, rotation, seed, norm"),
+    ],
+)
+def test_hostile_turboquant(path, change, message):
+    parts = dict(TurboQuant(3, qjl=True).quantize(weight()).parts)
+    write(path, parts, format={"turboquant": TURBO})
+    assert QTensor.load(path).shape == (4, 64)
+    write(path, parts, format={"turboquant": TURBO | change})
+    assert refusal(path) == HERE + message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": [9]}, "PolarQuant has 1 to 10 levels of 1 to 8 bits, got (9,)"),
+        ({"bits": []}, "PolarQuant has 1 to 10 levels of 1 to 8 bits, got ()"),
+        ({"bits": [1] * 11}, f"PolarQuant has 1 to 10 levels of 1 to 8 bits, got {(1,) * 11}"),
+        ({"bits": "42"}, "PolarQuant has 1 to 10 levels of 1 to 8 bits, got ('4', '2')"),
+        ({"bits": [[4], 2]}, "PolarQuant has 1 to 10 levels of 1 to 8 bits, got ([4], 2)"),
+        ({"bits": 4}, "'int' object is not iterable"),
+        ({"seed": None}, SEED + "None"),
+        ({"radius": "float64"}, "radii are stored as float16 or float32, got None"),
+        ({"norm": "float16"}, "polarquant has exactly the fields bits, rotation, seed, radius"),
+    ],
+)
+def test_hostile_polarquant(path, change, message):
+    parts = dict(PolarQuant((4, 2)).quantize(weight()).parts)
+    write(path, parts, format={"polarquant": POLAR})
+    assert QTensor.load(path).shape == (4, 64)
+    write(path, parts, format={"polarquant": POLAR | change})
+    assert refusal(path) == HERE + message
+
+
+def test_rotated_rows_whose_parts_do_not_fit(path):
+    q = TurboQuant(3, qjl=True).quantize(weight())
+    write(path, dict(q.parts), format={"turboquant": TURBO | {"bits": 4}})
+    assert refusal(path) == "field 'codes': is U8 [4, 16], its format needs U8 [4, 24]"
+    without = {name: part for name, part in q.parts.items() if name != "signs"}
+    write(path, without, format={"turboquant": TURBO})
+    assert refusal(path) == "field 'signs': missing"
+    for part in ("norm", "residual"):
+        broken = q.parts | {part: q.parts[part] * torch.inf}
+        write(path, broken, format={"turboquant": TURBO})
+        assert refusal(path) == f"field '{part}': holds NaN or infinite values"
+    write(path, dict(q.parts), shape=(4, 1 << 20), format={"turboquant": TURBO})
+    wide = "rows of 1048576 are wider than a rotation of 8192: reshape it to shorter ones"
+    assert refusal(path) == HERE + wide
+
+
+def test_rows_that_no_hadamard_matrix_turns(path):
+    parts = dict(TurboQuant(3, qjl=True).quantize(weight(4, 70)).parts)
+    write(path, parts, shape=(4, 70), format={"turboquant": TURBO})
+    assert QTensor.load(path).dequantize().isfinite().all()
+    write(path, parts, shape=(4, 70), format={"turboquant": TURBO | {"rotation": "hadamard"}})
+    unknown = "no construction of a Hadamard matrix of size 70 is known here: multiply blocks "
+    assert refusal(path).startswith(HERE + unknown)
+    parts = dict(PolarQuant((4,)).quantize(weight(4, 69)).parts)
+    hadamard = POLAR | {"bits": [4], "rotation": "hadamard"}
+    write(path, parts, shape=(4, 69), format={"polarquant": hadamard})
+    assert refusal(path).startswith(HERE + unknown)
+
+
+@pytest.mark.parametrize("data", [3, None, [], "3", {}])
+@pytest.mark.parametrize("name", ["turboquant", "polarquant"])
+def test_rotated_formats_need_a_table_of_fields(path, name, data):
+    write(path, good_parts(), format={name: data})
+    assert refusal(path).startswith(f"{HERE}{name} has exactly the fields bits, ")
+
+
 def test_schemes_within_schemes_end(path):
     write(path, good_parts(), format=deep(6))
     assert refusal(path) == HERE + FIELDS
@@ -232,8 +323,8 @@ def test_shape_that_the_bytes_do_not_have(path):
         ('{"version": ' + "9" * 5000 + "}", "not valid JSON"),
         ("[]", "has no table of tensors"),
         ('{"version": 1, "tensors": []}', "has no table of tensors"),
-        ('{"version": 2, "tensors": {}}', "has version 2, expected 1"),
-        ('{"tensors": {}}', "has version None, expected 1"),
+        ('{"version": 3, "tensors": {}}', "has version 3, expected 1 or 2"),
+        ('{"tensors": {}}', "has version None, expected 1 or 2"),
         ('{"version": 1, "tensors": {}}', "holds no quantized tensor ''"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -297,3 +299,10 @@ def test_nothing_is_imported_before_it_is_used():
     assert run.stdout == "[]\n['numba'] False\n"
     with pytest.raises(AttributeError, match=r"^module 'qlib.kernels' has no attribute 'gemv'$"):
         kernels.gemv  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["activations", "dispatch"])
+def test_examples(name):
+    """pytest finds doctests below qlib/ only, and would import these modules a second time."""
+    found = doctest.testmod(importlib.import_module(f"qlib.kernels.{name}"))
+    assert found.attempted > 0 == found.failed

@@ -205,6 +205,14 @@ def test_why_not(module, format, reason):
 OPENMP = [None, threads._openmp()]
 
 
+@njit(nogil=True)
+def note(seen, number, nothing, start, stop):
+    """Each thread's rows, and what it found in its arguments."""
+    for row in range(start, stop):
+        seen[row, 0], seen[row, 1] = start, stop
+        seen[row, 2] += number if nothing is None else 0
+
+
 @pytest.mark.parametrize("openmp", OPENMP, ids=["pool", "openmp"])
 def test_threads_share_the_rows(openmp, monkeypatch):
     q = quantized((50, 96), "int4-g32")
@@ -213,9 +221,11 @@ def test_threads_share_the_rows(openmp, monkeypatch):
     monkeypatch.setattr(threads, "_openmp", lambda: openmp)
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    seen = []
-    threads.by_rows(lambda *rows: seen.append((threading.get_ident(), *rows)), 50, 50)
-    assert sorted(rows for _, *rows in seen) == [[0, 16], [16, 33], [33, 50]]
+    seen = torch.zeros(50, 3)
+    threads.by_rows(note, (seen, np.float32(-2.5), None), 50, 50)
+    shares, counts = seen.unique(dim=0, return_counts=True)
+    assert shares.tolist() == [[0, 16, -2.5], [16, 33, -2.5], [33, 50, -2.5]]
+    assert counts.tolist() == [16, 17, 17]
     for _ in range(20):
         assert torch.equal(product.gemv(x, packed), alone)
     child = os.fork()
@@ -224,20 +234,21 @@ def test_threads_share_the_rows(openmp, monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@njit(nogil=True)
+def fail(from_row, start, stop):
+    if start >= from_row:
+        raise MemoryError
+
+
 @pytest.mark.parametrize("openmp", OPENMP, ids=["pool", "openmp"])
 def test_a_thread_that_fails_says_so(openmp, monkeypatch):
     monkeypatch.setattr(threads, "_openmp", lambda: openmp)
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-
-    def work(start: int, stop: int) -> None:
-        if start:
-            raise MemoryError("the second half")
-
-    with pytest.raises(MemoryError, match=r"^the second half$"):
-        threads.by_rows(work, 10, 10)
-    threads.by_rows(lambda *rows: None, 10, 10)
-    assert not threads._jobs
+    for count in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        with pytest.raises(MemoryError, match=r"^a thread found no memory for its rows$"):
+            threads.by_rows(fail, (5 * (count - 1),), 10, 10)
+        threads.by_rows(fail, (6,), 10, 10)
 
 
 def test_several_python_threads_may_multiply_at_once(monkeypatch):

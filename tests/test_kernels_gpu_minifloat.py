@@ -132,6 +132,7 @@ TARGETS = [("mxfp4", "gemv", 1, "float16", cc) for cc in CAPABILITIES]
 TARGETS += [("nvfp4-reciprocal", "gemm", 16, "float16", cc) for cc in CAPABILITIES[1:]]
 TARGETS += [("fp8_e4m3", "gemm", 512, "bfloat16", 100), ("fp8_e4m3", "gemv", 1, "float16", 75)]
 TARGETS += [("mxfp8_e5m2", "gemv", 1, "bfloat16", 90), ("nvfp4", "gemv", 1, "float16", 75)]
+TARGETS += [("nvfp4", "gemv", 1, "bfloat16", cc) for cc in (80, 89)]
 
 
 def assembled() -> dict[str, dict]:

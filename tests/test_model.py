@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qlib.cache import DenseCache
 from qlib.model import Config, Decoder
 
 TINY = Config(
@@ -89,16 +90,16 @@ def test_both_names_of_the_rope_settings_give_the_same_function():
 
 @pytest.mark.parametrize("chunks", [[1] * 13, [5, 1, 7], [12, 1], [1, 12]])
 def test_cached_decoding_equals_the_full_forward(chunks):
-    model, tokens, cache = random_decoder(TINY), random_tokens(), []
+    model, tokens, cache = random_decoder(TINY), random_tokens(), DenseCache()
     parts = [model(part, cache) for part in tokens.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), atol=1e-5, rtol=0)
-    assert [k.shape for k, _ in cache] == [(2, 2, 13, 8)] * 2
+    assert [keys.read().shape for keys, _ in cache.stores.values()] == [(2, 2, 13, 8)] * 2
 
 
 def test_a_changed_cache_entry_is_noticed():
-    model, tokens, cache = random_decoder(TINY), random_tokens(), []
+    model, tokens, cache = random_decoder(TINY), random_tokens(), DenseCache()
     model(tokens[:, :12], cache)
-    cache[0][1][:, :, 4] += 1.0
+    cache.stores[0][1].recent.view[:, :, 4] += 1.0
     assert (model(tokens[:, 12:], cache) - model(tokens)[:, 12:]).abs().max() > 1e-2
 
 
@@ -148,7 +149,7 @@ def test_too_many_tokens_are_refused():
     model, message = random_decoder(TINY), "65 tokens exceed the model's max_position_embeddings 64"
     with pytest.raises(ValueError, match=f"^{message}$"):
         model(random_tokens(time=65))
-    cache = []
+    cache = DenseCache()
     model(random_tokens(time=64), cache)
     with pytest.raises(ValueError, match=f"^{message}$"):
         model(random_tokens(time=1), cache)

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from qlib import zoo
+from qlib.cache import DenseCache
 from qlib.files import gguf
 from qlib.model import Config, Decoder
 from qlib.plan import DEVICES, decode_bound, kv_bytes, read_bytes, unique_experts, weights_bytes
@@ -125,10 +126,10 @@ def test_total_and_active_parameters_are_the_published_ones(name, total, active)
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 13), (3, 7)])
 def test_kv_bytes_equal_the_cache_of_a_running_decoder(small, batch, tokens):
-    cache = []
+    cache = DenseCache()
     small(torch.zeros(batch, tokens, dtype=torch.long), cache)
     small(torch.zeros(batch, 1, dtype=torch.long), cache)
-    held = tensor_bytes(tensor for pair in cache for tensor in pair)
+    held = tensor_bytes(store.recent.view for pair in cache.stores.values() for store in pair)
     shape = ModelShape.of(small.config)
     assert kv_bytes(shape, tokens + 1, batch, bits=32) == held
     assert kv_bytes(shape, tokens, batch, bits=32) != held

@@ -33,10 +33,24 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/small-int4" / "model.safetensors").is_file()
 
 
-def test_the_second_example_runs(tmp_path, monkeypatch):
+def test_the_example_of_activations_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"qlib": qlib}
+    exec(compile(example(1), "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert re.search(r"activations +int8, block row, .*, dynamic \(18 layers\)\n", printed)
+    assert re.search(r" e4m3, block row, .*, dynamic \(3 layers\)\n", printed)
+    back, _ = qlib.load("out/w4a8")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(back(ids), names["model"](ids))
+    assert back.model.layers[0].mlp.down_proj.inputs == qlib.inputs("fp8_e4m3")
+    assert {"w8a8", "w4a8", "w4a4", "fp8", "llm.int8"} <= set(qlib.recipes())
+
+
+def test_the_third_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch, "qlib": qlib}
-    exec(compile(example(1), "README.md", "exec"), names)
+    exec(compile(example(2), "README.md", "exec"), names)
     assert names["report"].bits_per_weight <= 5.0
     assert names["losses"][-1] < names["losses"][0]
     assert (tmp_path / "out/adapter" / "adapter_config.json").is_file()
@@ -44,7 +58,7 @@ def test_the_second_example_runs(tmp_path, monkeypatch):
 
 def test_the_example_of_kernels_runs(capsys):
     names = {"torch": torch, "qlib": qlib}
-    exec(compile(example(2), "README.md", "exec"), names)
+    exec(compile(example(3), "README.md", "exec"), names)
     expected = names["x"] @ names["q"].dequantize().T
     torch.testing.assert_close(names["y"], expected, rtol=1e-4, atol=1e-4)
     assert capsys.readouterr().out.startswith("cpu.nibbles.gemv, 1 row of activations\n")

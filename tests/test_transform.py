@@ -1,70 +1,162 @@
-"""A permuted model is the same function with other groups."""
+"""Changes of basis: the product stays what it was."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qlib.model import Config, Decoder
-from qlib.transform import _take, permute_channels
+from qlib.transform import Diagonal, Hadamard, Orthogonal, Permute, Transform
 
-GQA = Config(61, 32, 48, 2, 4, 2, 8, max_position_embeddings=64)
-UNTIED = Config(61, 32, 48, 2, 6, 1, 16, tie_word_embeddings=False, max_position_embeddings=64)
-
-
-def decoder(config):
-    generator = torch.Generator().manual_seed(0)
-    model = Decoder(config).normal_init(0.2, generator).requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    return model
+N = 24
 
 
-def prompt():
-    return torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(1))
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.manual_seed(3), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("config", [GQA, UNTIED])
-def test_the_function_does_not_change(config):
-    before, after = decoder(config), permute_channels(decoder(config), seed=3)
-    assert (after(prompt()) - before(prompt())).abs().max() < 1e-5
+def rotation(n: int) -> torch.Tensor:
+    return torch.linalg.qr(randn(n, n, dtype=torch.float64))[0]
 
 
-@pytest.mark.parametrize("config", [GQA, UNTIED])
-def test_every_weight_moves_and_keeps_its_values(config):
-    before, after = decoder(config), permute_channels(decoder(config), seed=3)
-    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
-        assert not torch.equal(old, new), name
-        assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
+TRANSFORMS = {
+    "diagonal": lambda: Diagonal(torch.linspace(-3, 4, N)),
+    "permute": lambda: Permute(torch.arange(N).roll(5)),
+    "hadamard": lambda: Hadamard(N),
+    "randomized": lambda: Hadamard.random(N, 1),
+    "orthogonal": lambda: Orthogonal(rotation(N)),
+}
 
 
-def test_query_and_key_rows_keep_their_order():
-    before, after = decoder(GQA), permute_channels(decoder(GQA), seed=3)
-    for name in ("q_proj", "k_proj"):
-        old = getattr(before.model.layers[0].self_attn, name).weight
-        new = getattr(after.model.layers[0].self_attn, name).weight
-        # Columns moved, rows did not: each row holds the values that it held.
-        assert torch.equal(old.sort(1).values, new.sort(1).values)
+def law(transform: Transform, x: torch.Tensor, w: torch.Tensor) -> float:
+    """How far the product with both transformed is from the product, relative to its size."""
+    want = x.double() @ w.double().T
+    got = transform.input(x).double() @ transform.weight(w).double().T
+    return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def test_one_wrong_swap_is_noticed():
-    before, after = decoder(GQA), permute_channels(decoder(GQA), seed=3)
-    order = torch.arange(32)
-    order[:2] = torch.tensor([1, 0])
-    _take(after.model.layers[0].self_attn.o_proj, 1, order)
-    assert (after(prompt()) - before(prompt())).abs().max() > 1e-3
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_law(name, dtype):
+    transform = TRANSFORMS[name]()
+    x, w = randn(3, 5, N, dtype=dtype), randn(7, N, dtype=dtype)
+    assert law(transform, x, w) < 8 * torch.finfo(dtype).eps
+    assert transform.input(x).dtype is transform.weight(w).dtype is dtype
+    assert torch.equal(transform(x), transform.input(x))
+    assert not torch.equal(transform(x), x)
 
 
-def test_the_seed_decides():
-    def first(seed):
-        return permute_channels(decoder(GQA), seed).model.embed_tokens.weight
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_broken_transform_breaks_the_law(name):
+    """One number of the buffer changes between the input and the weight."""
+    transform, broken = TRANSFORMS[name](), TRANSFORMS[name]()
+    x, w = randn(5, N, dtype=torch.float64), randn(7, N, dtype=torch.float64)
+    buffers = list(broken.buffers())
+    if buffers:
+        buffer = buffers[0]
+        buffer[:2] = buffer[:2].flip(0) if name == "permute" else -buffer[:2]
+    else:
+        broken.weight = lambda w: Hadamard.weight(broken, w).roll(1, -1)
+    transform.weight = broken.weight
+    assert law(transform, x, w) > 1e-3
 
-    assert torch.equal(first(3), first(3))
-    assert not torch.equal(first(3), first(4))
-    # Written down, so that a change of the order is noticed: it would change every number measured.
-    norm = torch.arange(32.0)
-    model = decoder(GQA)
-    model.model.norm.weight.copy_(norm)
-    order = permute_channels(model, 0).model.norm.weight[:8]
-    assert order.int().tolist() == [25, 15, 3, 12, 7, 20, 5, 2]
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([1, 2, 12, 20, 44, 64]), st.integers(0, 4), st.integers(0, 9))
+def test_the_law_for_any_size(n, rows, seed):
+    x, w = randn(rows, n, dtype=torch.float64), randn(3, n, dtype=torch.float64)
+    order = torch.randperm(n, generator=torch.manual_seed(seed))
+    for transform in (Hadamard.random(n, seed), Permute(order), Orthogonal(rotation(n))):
+        if rows:
+            assert law(transform, x, w) < 1e-12
+        assert transform.input(x).shape == x.shape
+
+
+def test_what_each_one_computes():
+    x = torch.tensor([6.0, 4.0])
+    assert Diagonal(torch.tensor([2.0, 4.0])).input(x).tolist() == [3, 1]
+    assert Diagonal(torch.tensor([2.0, 4.0])).weight(x).tolist() == [12, 16]
+    assert Permute(torch.tensor([1, 0])).input(x).tolist() == [4, 6]
+    assert Hadamard(2, torch.tensor([1.0, -1.0])).input(2**0.5 * x).tolist() == pytest.approx(
+        [2, 10]
+    )
+    assert Orthogonal(torch.tensor([[0.0, -1.0], [1.0, 0.0]])).input(x).tolist() == [4, -6]
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients(name):
+    x = randn(2, N, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(TRANSFORMS[name]().double(), x)
+
+
+def test_buffers_are_saved_and_move():
+    assert {n: list(t().state_dict()) for n, t in TRANSFORMS.items()} == {
+        "diagonal": ["scales"],
+        "permute": ["order"],
+        "hadamard": [],
+        "randomized": ["signs"],
+        "orthogonal": ["matrix"],
+    }
+    assert not any(list(t().parameters()) for t in TRANSFORMS.values())
+    other = Hadamard.random(N, 2)
+    other.load_state_dict(Hadamard.random(N, 1).state_dict())
+    assert torch.equal(other(randn(1, N)), Hadamard.random(N, 1)(randn(1, N)))
+    assert Permute(torch.tensor([1, 0])).half().order.dtype is torch.int64
+    assert Diagonal(torch.ones(2)).to("meta").scales.is_meta
+
+
+def test_buffers_are_copies():
+    scales = torch.ones(2)
+    transform = Diagonal(scales)
+    scales[0] = 5
+    assert transform.scales.tolist() == [1, 1]
+
+
+def test_random_signs_are_the_same_everywhere():
+    # Written down, so that a change of the stream is noticed.
+    signs = Hadamard.random(12, 0).signs
+    assert signs.int().tolist() == [-1, -1, 1, 1, -1, 1, -1, 1, 1, -1, -1, -1]
+    assert not torch.equal(signs, Hadamard.random(12, 1).signs)
+
+
+def test_names():
+    shown = [str(t()) for t in TRANSFORMS.values()]
+    both = ["Hadamard(24)", "Hadamard(24, randomized)"]
+    assert shown == ["Diagonal(24)", "Permute(24)", *both, "Orthogonal(24)"]
+
+
+WRONG = [
+    (lambda: Hadamard(576).input(torch.zeros(575)), "Hadamard of 576 got inputs of 575"),
+    (lambda: Hadamard(576)(torch.tensor(1.0)), "Hadamard of 576 got inputs of 0"),
+    (lambda: Permute(torch.arange(3)).weight(torch.zeros(3, 4)), "Permute of 3 got weights of 4"),
+    (lambda: Diagonal(torch.tensor([1, 0.0])), "scales [2] must be [n], finite and not 0"),
+    (lambda: Diagonal(torch.tensor([1, torch.nan])), "scales [2] must be [n], finite and not 0"),
+    (lambda: Diagonal(torch.ones(2, 2)), "scales [2, 2] must be [n], finite and not 0"),
+    (lambda: Permute(torch.tensor([0, 2, 2])), "order [3] must name each of its channels once"),
+    (lambda: Permute(torch.tensor([1, 2])), "order [2] must name each of its channels once"),
+    (lambda: Permute(torch.tensor([0.0])), "order [1] must name each of its channels once"),
+    (lambda: Hadamard(2, torch.ones(3)), "signs [3] must be 2 numbers, each 1 or -1"),
+    (lambda: Hadamard(2, torch.tensor([1, 0.5])), "signs [2] must be 2 numbers, each 1 or -1"),
+    (lambda: Hadamard(6), "no construction of a Hadamard matrix of size 6 is known here: "
+     "multiply blocks of 2, the largest power of two that divides it"),
+    (lambda: Orthogonal(torch.ones(2, 3)), "an orthogonal matrix is [n, n], got [2, 3]"),
+    (lambda: Orthogonal(torch.eye(2) * 1.5), "matrix [2, 2] is not orthogonal: matrix @ matrix.T "
+     "is off by 1.2e+00; take the Q of torch.linalg.qr(matrix)"),
+    (lambda: Orthogonal(torch.eye(2) * torch.nan), "matrix [2, 2] is not orthogonal: "
+     "matrix @ matrix.T is off by nan; take the Q of torch.linalg.qr(matrix)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_arguments(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
+
+
+def test_a_float16_rotation_is_orthogonal_enough_only_up_to_its_tolerance():
+    Orthogonal(rotation(N).float())
+    with pytest.raises(ValueError, match="is not orthogonal"):
+        Orthogonal(rotation(N).bfloat16())

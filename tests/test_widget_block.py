@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import libgguf
 import numpy as np
-import playwright
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from node import run
 
 from qlib.ggml import FORMATS
 from qlib.qtensor import QTensor
@@ -20,18 +19,7 @@ from qlib.widgets import block
 from qlib.widgets.block import Block
 
 SCRIPT = Path(block.__file__).with_suffix(".js").read_text(encoding="utf-8")
-# Playwright, which the browser tests need, brings a Node of its own.
-NODE = Path(playwright.__file__).parent / "driver/node"
 Q4_K = GGMLQuantizationType.Q4_K
-
-
-def run(script: str, expression: str, given):
-    """What the page computes: `expression` of the script's own functions, for `given`."""
-    text = "\n".join([script, f"console.log(JSON.stringify(({expression})({json.dumps(given)})))"])
-    command = [NODE, "--input-type=module"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 # JSON has no infinity and no NaN: values travel as the bits of a float32.

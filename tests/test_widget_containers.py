@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
-import playwright
 import pytest
 import torch
+from node import run
 
 from qlib.files import bnb
 from qlib.qtensor import QTensor
@@ -18,8 +17,6 @@ from qlib.widgets import containers
 from qlib.widgets.containers import INT4, KINDS, Containers, container, moved, starts, traced
 
 SCRIPT = Path(containers.__file__).with_suffix(".js").read_text(encoding="utf-8")
-# Playwright, which the browser tests need, brings a Node of its own.
-NODE = Path(playwright.__file__).parent / "driver/node"
 N, K, G = 8, 64, 32
 ROWS, COLUMNS = (x.ravel() for x in np.divmod(np.arange(N * K), K))
 GROUP_ROWS, GROUPS = (x.ravel() for x in np.divmod(np.arange(N * K // G), K // G))
@@ -112,15 +109,6 @@ def test_bits_that_follow_nothing():
     found = traced(lambda chosen: {"a": torch.tensor([7, *np.packbits(chosen)])}, 8)
     assert (found[:64] == -1).all()
     assert sorted(found[found >= 0]) == list(range(8))
-
-
-def run(script: str, expression: str, given):
-    """What the page computes: `expression` of the script's own functions, for `given`."""
-    text = "\n".join([script, f"console.log(JSON.stringify(({expression})({json.dumps(given)})))"])
-    command = [NODE, "--input-type=module"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def page(data: dict, script: str = SCRIPT) -> torch.Tensor:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import playwright
 import pytest
+from node import run
 from test_label import NOT_NAMES, ROWS
 
 from qlib import label
 from qlib.families import Family
 from qlib.widgets.label import COLUMNS, EXAMPLES, Label, grammar, portable
 
-# Playwright, which the browser tests need, brings a Node of its own.
-NODE = Path(playwright.__file__).parent / "driver/node"
 STATE = Label().get_state()
 DECODE = """({ grammar, texts }) => {
     const families = compile(grammar);
@@ -93,19 +90,9 @@ def expected():
     return [library(text) for text in TEXTS]
 
 
-def run(expression: str, given):
-    """What the page computes: `expression` of the script's own functions, for `given`."""
-    call = f"console.log(JSON.stringify(({expression})({json.dumps(given)})))"
-    command = [NODE, "--input-type=module"]
-    text = "\n".join([STATE["_esm"], call])
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def wrong(rules: dict, expected: list[dict], texts: list[str] = TEXTS) -> dict[str, tuple]:
     """The texts in which the page finds something else, and both answers."""
-    page = run(DECODE, {"grammar": rules, "texts": texts})
+    page = run(STATE["_esm"], DECODE, {"grammar": rules, "texts": texts})
     return {t: (one, two) for t, one, two in zip(texts, page, expected) if one != two}
 
 
@@ -153,7 +140,8 @@ model.7B.gguf 7|Qwen3-235B-A22B 235|2bit None|DeepSeek-R1 None|gemma-3n-E4B None
 
 def test_the_size_that_a_name_tells():
     cells = [cell.rsplit(" ", 1) for line in SIZES.strip().split("\n") for cell in line.split("|")]
-    found = run("all => all.map(text => told(text)?.billions ?? null)", [text for text, _ in cells])
+    sizes = "all => all.map(text => told(text)?.billions ?? null)"
+    found = run(STATE["_esm"], sizes, [text for text, _ in cells])
     wanted = [None if size == "None" else float(size) for _, size in cells]
     assert dict(zip([text for text, _ in cells], found)) == dict(
         zip([text for text, _ in cells], wanted)

@@ -50,6 +50,17 @@ CALIBRATED = MODELS | {
 }
 
 
+def uneven(name: str = "own-tied") -> nn.Module:
+    """A model whose channels differ in size: something to find or to smooth."""
+    model = CALIBRATED[name]()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            spread = torch.empty_like(parameter).normal_(generator=generator)
+            parameter.data = parameter + spread.exp() - 1
+    return model
+
+
 def tokens(n: int, seed: int = 0) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(seed))

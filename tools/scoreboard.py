@@ -3,9 +3,9 @@
     .venv/bin/python tools/scoreboard.py              # rows of every board that are not there yet
     .venv/bin/python tools/scoreboard.py --board methods --model bpw-small --fresh
 
-The board "scoreboard" has every format, rounded to nearest; the board "methods" has a few formats
-with every method. Rows are written as they are measured, so an interrupted run continues where it
-stopped.
+The board "scoreboard" has every format, rounded to nearest; "methods" has a few formats with every
+method; "activations" has quantized activations, rotations and caches. Rows are written as they are
+measured, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 import qlib
 from qlib.files.atomic import replacing
 from qlib.metrics import Reference
-from qlib.scoreboard import Row, calibration, measure, protocols
+from qlib.scoreboard import Entry, Row, calibration, entry_of, measure, protocols
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
-# Twelve thousand tokens a row; the board of methods, whose rows cost far more, has half of it.
-TOKENS = {"scoreboard": 12_288, "methods": 6_144}
+# Twelve thousand tokens a row; less on the boards whose rows cost far more.
+TOKENS = {"scoreboard": 12_288, "methods": 6_144, "activations": 4_096}
 
 CLIFF = [f"int{bits}-g32-asym" for bits in (8, 6, 5, 4, 3, 2)]
 BLOCKS = ["int4-tensor", "int4-row", "int4-g128", "int4-g64", "int4-g32", "int4-g128-asym"]
@@ -45,10 +45,42 @@ METHODS = {
     # HQQ moves the offset, so it needs one that is stored as a real number.
     "hqq": "-offset",
 }
+TENSOR = {"activations": "int8-tensor"}
+ROTATED = {"rotation": "quarot"}
+ACTIVATIONS = [
+    Entry("int8-row", **TENSOR),
+    Entry("w8a8-static"),
+    Entry("int8-row", "smoothquant", **TENSOR),
+    Entry("int8-row", "smoothquant-search", **TENSOR),
+    Entry("w8a8"),
+    Entry("w8a8", "smoothquant"),
+    Entry("w8a8", "smoothquant-search"),
+    Entry("llm.int8"),
+    Entry("w4a4"),
+    Entry("w4a4", **ROTATED),
+    Entry("w8a8", **ROTATED),
+    Entry("fp8"),
+    Entry("w4a8"),
+    Entry("w4a4", "gptq", **ROTATED),
+    # Weights alone: what rotations do to them.
+    Entry("int4-row"),
+    Entry("int4-row", **ROTATED),
+    Entry("w4a4", "gptq"),
+    Entry("w4a8", "gptq"),
+    Entry("w4a4", "gptq", rotation="spinquant"),
+    Entry("w4a4", "gptq", **ROTATED, cache="int4-hadamard"),
+    Entry("w4a4-mxfp4"),
+    Entry("w4a4-nvfp4"),
+    Entry("w4a8", "gptq", **ROTATED),
+    Entry("w4a4-nvfp4", "gptq", **ROTATED),
+    Entry("int4-row", "gptq"),
+    Entry("int4-row", "gptq", **ROTATED),
+]
 BOARDS = {
-    "scoreboard": [(format, "rtn") for format in FORMATS],
+    "scoreboard": [Entry(format) for format in FORMATS],
+    "activations": ACTIVATIONS,
     "methods": [
-        (f"int{bits}-g{group}{zero}", method)
+        Entry(f"int{bits}-g{group}{zero}", method)
         for group in (128, 32)
         for method, zero in [*METHODS.items(), ("rtn", "-offset")]
         for bits in (4, 3, 2)
@@ -60,31 +92,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--board", action="append", choices=BOARDS)
     parser.add_argument("--model", action="append", choices=["smollm2-135m", "bpw-small"])
-    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--method", action="append", help="only rows of this method")
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
     arguments = parser.parse_args()
     for board in arguments.board or BOARDS:
         for name in arguments.model or ["bpw-small", "smollm2-135m"]:
-            run(board, name, arguments.method or list(METHODS), arguments.fresh)
+            run(board, name, arguments.method, arguments.fresh)
 
 
-def run(board: str, name: str, methods: list[str], fresh: bool) -> None:
+def run(board: str, name: str, methods: list[str] | None, fresh: bool) -> None:
     """Measure one model and write each row as soon as it is known."""
     model, tokenizer = qlib.load(name)
     full, short = protocols(tokenizer, TOKENS[board])
     content = read(board)
     same = content["protocol"].get(name) == str(full)
-    done = [(row["format"], row["method"]) for row in content["rows"] if row["model"] == name]
-    todo = [row for row in BOARDS[board] if fresh or not same or row not in done]
-    todo = [(format, method) for format, method in todo if method in methods]
+    done = [entry_of(row) for row in content["rows"] if row["model"] == name]
+    todo = [entry for entry in BOARDS[board] if fresh or not same or entry not in done]
+    todo = [entry for entry in todo if methods is None or entry.method in methods]
     if not todo:
         return
     data = calibration(tokenizer)
     references = Reference(model, full), Reference(model, short)
-    for format, method in todo:
-        row = measure(name, model, format, references, method, data)
+    for entry in todo:
+        row = measure(name, model, entry, references, data)
         bits, seconds = f"{row.bits_per_weight:.3f} bpw", f"{row.seconds:.0f} s"
-        print(f"{name} {format} {method}: {bits}, KL {row.kl:.4g}, {seconds}", flush=True)
+        print(f"{name} {entry}: {bits}, KL {row.kl:.4g}, {seconds}", flush=True)
         write(board, row, str(full), str(data))
 
 
@@ -99,11 +131,13 @@ def write(board: str, row: Row, protocol: str, data: str) -> None:
     content = read(board)
     stale = content["protocol"].get(row.model) != protocol
     kept = {
-        (old["model"], old["format"], old["method"]): old
+        (old["model"], entry_of(old)): old
         for old in content["rows"]
         if not (stale and old["model"] == row.model)
     }
-    kept[row.model, row.format, row.method] = dataclasses.asdict(row)
+    # The boards of weights alone name no activations, no rotation and no cache.
+    found = {key: value for key, value in dataclasses.asdict(row).items() if value != ""}
+    kept[row.model, entry_of(found)] = found
     content = {
         "command": "tools/scoreboard.py",
         "date": datetime.date.today().isoformat(),

@@ -38,7 +38,7 @@ def why_not(q: QTensor) -> str | None:
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`: its bytes, and the same as float16 codes."""
     blocks = q.parts["blocks"].contiguous()
-    operands = (blocks.numpy(), blocks.view(torch.uint16).numpy())
+    operands = (blocks, blocks.view(torch.uint16))
     return Packed(q.shape, 1, operands, *_functions()[q.format.kind.name])
 
 

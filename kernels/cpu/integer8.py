@@ -43,7 +43,7 @@ def packed(q: QTensor) -> Packed:
     scheme, codes = q.format, q.parts["codes"].contiguous()
     least = scheme.grid.min - (scheme.offset.min if isinstance(scheme.offset, Grid) else 0)
     size = scheme.block if type(scheme.block) is int else codes.shape[1]
-    operands = (codes.numpy(), np.float32(least), -(-size // LANES), *scales(q), *offsets(q))
+    operands = (codes, np.float32(least), -(-size // LANES), *scales(q), *offsets(q))
     return Packed(q.shape, 1, operands, _dot, _unpack, order)
 
 

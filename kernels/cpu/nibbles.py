@@ -63,7 +63,7 @@ def packed(q: QTensor) -> Packed:
     zero, offset = offsets(q)
     if zero is not None:
         base = base - scheme.offset.min
-    first = (codes.numpy(), base.numpy())
+    first = (codes, base)
     if scheme.block == 16:
         return Packed(q.shape, 2, (*first, *scales(q)), _dot16, _unpack16, order)
     size = scheme.block // 2 if type(scheme.block) is int else codes.shape[1]

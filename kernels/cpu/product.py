@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Float
+from numba import types
 from torch import Tensor
 
+from .native import kind_of, machine_code, words
 from .scales import compiled
 from .simd import LANES
-from .threads import by_rows
+from .threads import by_rows, run
 
 # Weights unpacked at a time: 16 MiB of float32. Fewer rows of weights cost torch more.
 CHUNK_WEIGHTS = 1 << 22
@@ -32,7 +34,7 @@ class Packed:
     Args:
         shape: [out, in] of the weight.
         per_byte: codes that share a byte, and belong to neighboring inputs.
-        operands: what both functions read: arrays and numbers.
+        operands: what both functions read: tensors, numbers and None.
         dot: (*operands, planes, y, start, stop) writes y[:, start:stop], the products of rows of
             activations (`dealt_inputs`) with some rows of weights.
         unpack: (*operands, chunk, first, start, stop) writes the weights of the rows
@@ -47,6 +49,12 @@ class Packed:
     unpack: Callable
     order: Tensor | None = None
 
+    @cached_property
+    def ready(self) -> tuple[int, list[int]]:
+        """`dot` as machine code, and its operands as the words that it reads."""
+        kinds = (*map(kind_of, self.operands), types.float32[:, :, ::1], types.float32[:, ::1])
+        return machine_code(self.dot, kinds), words(*self.operands)
+
 
 def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
     """The product straight from the bytes; its time grows with every row of `x`.
@@ -57,10 +65,10 @@ def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     Raises ValueError if `x` has not the inputs of the weight.
     """
     inputs, outputs = dealt_inputs(x, weight), weight.shape[0]
-    y = np.empty((len(inputs), outputs), np.float32)
-    operands = (*weight.operands, inputs, y)
-    by_rows(lambda *rows: weight.dot(*operands, *rows), outputs, inputs.size * outputs)
-    return torch.from_numpy(y).to(x.dtype)
+    y = torch.empty(len(inputs), outputs, dtype=torch.float32)
+    code, operands = weight.ready
+    run(code, [*operands, *words(inputs, y)], outputs, inputs.numel() * outputs)
+    return y.to(x.dtype)
 
 
 def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
@@ -69,20 +77,19 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     Arguments as for `gemv`.
     """
     dealt, outputs = dealt_inputs(x, weight), weight.shape[0]
-    inputs = torch.from_numpy(dealt).flatten(1).T
+    inputs = dealt.flatten(1).T
     step = min(outputs, max(16, CHUNK_WEIGHTS // len(inputs)))
     # What no code stands for stays zero.
-    chunk, y = torch.zeros(step, *dealt.shape[1:]), torch.empty(outputs, len(x))
+    chunk, y = dealt.new_zeros(step, *dealt.shape[1:]), dealt.new_empty(outputs, len(x))
     for first in range(0, outputs, step):
-        count, operands = min(step, outputs - first), (*weight.operands, chunk.numpy(), first)
-        work = count * len(inputs)
-        by_rows(lambda *rows, args=operands: weight.unpack(*args, *rows), count, work)
+        count, operands = min(step, outputs - first), (*weight.operands, chunk, first)
+        by_rows(weight.unpack, operands, count, count * len(inputs))
         torch.mm(chunk[:count].flatten(1), inputs, out=y[first : first + count])
     return y.T.to(x.dtype).contiguous()
 
 
-def dealt_inputs(x: Tensor, weight: Packed) -> np.ndarray:
-    """`x` [rows, in] dealt out to the codes that share a byte, float32 [rows, per_byte, bytes].
+def dealt_inputs(x: Tensor, weight: Packed) -> Float[Tensor, "rows per_byte bytes"]:
+    """`x` [rows, in] dealt out to the codes that share a byte, float32.
 
     Plane j has what meets code j of every byte, so that an inner loop over bytes reads all its
     operands in order. Each plane is padded with zeros to whole vectors. Raises ValueError if `x`
@@ -90,10 +97,12 @@ def dealt_inputs(x: Tensor, weight: Packed) -> np.ndarray:
     """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"product: x is {list(x.shape)}, weight is {list(weight.shape)}")
-    x = x if weight.order is None else x[:, weight.order]
+    x = (x if weight.order is None else x[:, weight.order]).detach().float().contiguous()
     width = -(-x.shape[1] // (weight.per_byte * LANES)) * LANES
-    dealt = np.empty((len(x), weight.per_byte, width), np.float32)
-    _deal(x.detach().float().numpy(), dealt)
+    if width == x.shape[1]:
+        return x[:, None]
+    dealt = torch.empty(len(x), weight.per_byte, width, dtype=torch.float32)
+    _deal(x.numpy(), dealt.numpy())
     return dealt
 
 

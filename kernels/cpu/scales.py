@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import overload
@@ -37,7 +36,7 @@ def stored(q: QTensor) -> tuple[QTensor, Tensor | None]:
     return QTensor(q.format.scheme, q.shape, q.parts), q.parts["order"][0].long()
 
 
-def scales(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
+def scales(q: QTensor) -> tuple[Tensor, Tensor]:
     """Scales [out, blocks] as stored (float16 as its bits), and what codes of 8 bits mean."""
     storage = q.format.scale
     codes = torch.arange(256, dtype=torch.uint8)[None]
@@ -50,14 +49,14 @@ def scales(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
         kept, table = q.parts["scale.codes"], storage.decode(inner, (1, 256))[0]
     else:
         kept, table = q.format.read(q.parts, q.shape)[0], torch.empty(0)
-    return _all_rows(kept, q), table.numpy()
+    return _all_rows(kept, q), table
 
 
 def _is_two_level(storage: Any) -> bool:
     return isinstance(storage, Scheme) and storage.grid.bits == 8 and storage.block == "tensor"
 
 
-def offsets(q: QTensor) -> tuple[np.ndarray | None, np.ndarray | None]:
+def offsets(q: QTensor) -> tuple[Tensor | None, Tensor | None]:
     """(packed zero points, offsets), [out, blocks]; None for what the format does not have."""
     if isinstance(q.format.offset, Grid):
         return _all_rows(q.parts["zero_point"], q), None
@@ -66,9 +65,9 @@ def offsets(q: QTensor) -> tuple[np.ndarray | None, np.ndarray | None]:
     return None, None
 
 
-def _all_rows(part: Tensor, q: QTensor) -> np.ndarray:
+def _all_rows(part: Tensor, q: QTensor) -> Tensor:
     """One scale of the whole tensor is the scale of every row."""
-    return part.expand(q.shape[0], -1).contiguous().numpy()
+    return part.expand(q.shape[0], -1).contiguous()
 
 
 def number(bits, table):

@@ -46,7 +46,7 @@ def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`."""
     scale = q.format.read(q.parts, q.shape)[0]
     scale = scale[:, 0].expand(q.shape[0]).contiguous()
-    operands = (q.parts["codes"].contiguous().numpy(), scale.numpy())
+    operands = (q.parts["codes"].contiguous(), scale)
     return Packed(q.shape, TRITS_PER_BYTE, operands, _dot, _unpack)
 
 
@@ -54,11 +54,10 @@ def additions(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "row
     """The product by additions alone, but for the scale at the end. Arguments as `product.gemv`."""
     codes, scale = weight.operands
     inputs, y = dealt_inputs(x, weight), torch.zeros(len(x), len(codes))
-    sums = np.zeros((codes.shape[1], 256), np.float32)
+    sums = torch.zeros(codes.shape[1], 256)
     for r in range(len(x)):
-        _all_sums(inputs[r], sums)
-        result = y[r].numpy()
-        by_rows(lambda *rows, y=result: _add(codes, scale, sums, y, *rows), len(codes), codes.size)
+        _all_sums(inputs[r].numpy(), sums.numpy())
+        by_rows(_add, (codes, scale, sums, y[r]), len(codes), codes.numel())
     return y.to(x.dtype)
 
 

@@ -79,15 +79,22 @@ def launch(x: Tensor, base: Tensor | None = None, **tiles: int) -> tuple[Launch,
     return Launch(hadamard_kernel, grid, args, constants, {"num_warps": warps}), y
 
 
+def why_not(n: int, m: int) -> str | None:
+    """Why the kernel does not multiply rows of n with a base of size m, or None."""
+    size = n // m
+    if n == 0 or n % m or size & (size - 1):
+        return f"rows of {n} are not {m} times a power of two: need a base"
+    if triton.next_power_of_2(m) * size > LARGEST:
+        return f"rows of {n} are too long, up to {LARGEST} fit: need blocks"
+    return None
+
+
 def _sizes(x: Tensor, base: Tensor | None) -> tuple[int, int]:
     """(m, k) of n = m 2^k."""
     n, m = x.shape[-1], 1 if base is None else len(base)
-    size = n // m
-    if n == 0 or n % m or size & (size - 1):
-        raise ValueError(f"hadamard: rows of {n} are not {m} times a power of two: need a base")
-    if triton.next_power_of_2(m) * size > LARGEST:
-        raise ValueError(f"hadamard: rows of {n} are too long, up to {LARGEST} fit: need blocks")
-    return m, size.bit_length() - 1
+    if reason := why_not(n, m):
+        raise ValueError(f"hadamard: {reason}")
+    return m, (n // m).bit_length() - 1
 
 
 @triton.jit

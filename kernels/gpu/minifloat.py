@@ -66,7 +66,9 @@ def packed(q: QTensor) -> Packed:
     scale, stride, block = stored(q)
     options = (word, *layout(FORMATS[q.format.grid.name]), kind(q.format.scale), block)
     parts = (codes, scale, row_words, stride, q.shape[1])
-    return Packed(tuple(q.shape), parts, decode, options, 1024)
+    # Two levels of scales for every 16 weights take many registers.
+    unroll = 1 if block == 16 else 2
+    return Packed(tuple(q.shape), parts, decode, options, 1024, unroll=unroll)
 
 
 def layout(float: FloatFormat) -> tuple[int, int, int, float]:

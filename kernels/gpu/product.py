@@ -45,6 +45,7 @@ class Packed:
         options: constants of the format, for `decode`.
         step: BLOCK_K divides this power of two.
         order: which column of the weight each stored column is, [in], if they are reordered.
+        unroll: UNROLL is no more than this: more would not leave registers enough.
     """
 
     shape: tuple[int, int]
@@ -53,6 +54,7 @@ class Packed:
     options: tuple
     step: int
     order: Tensor | None = None
+    unroll: int = 8
 
 
 def words(codes: UInt8[Tensor, "out bytes"]) -> tuple[Tensor, int, int]:
@@ -95,6 +97,8 @@ def launch(rung: str, x: Tensor, weight: Packed, **tiles: int) -> tuple[Launch, 
     outputs, inputs = weight.shape
     tiles = tiling(rung, len(x), outputs, inputs, x.device) | tiles
     tiles["BLOCK_K"] = min(tiles.get("BLOCK_K", 0), weight.step)
+    if "UNROLL" in tiles:
+        tiles["UNROLL"] = min(tiles["UNROLL"], weight.unroll)
     check(rung, tiles, inputs)
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     x = _whole_tiles(x if weight.order is None else x[:, weight.order], tiles["BLOCK_K"])

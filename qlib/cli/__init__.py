@@ -12,13 +12,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import label, zoo
 from ..calibrate import Calibration
-from ..files import gguf_export, quantized
+from ..files import gguf_export, inputs, quantized
 from ..files.gguf_report import GgufReport
 from ..files.inspect import inspect_file
 from ..linear import QLinear
@@ -26,8 +27,9 @@ from ..metrics import Perplexity, Reference, divergence, perplexity
 from ..model import Decoder
 from ..presets import format as named_format
 from ..protocol import Protocol
-from ..recipe import Recipe, plan, quantize_model
+from ..recipe import plan, quantize_model
 from ..report import Plan
+from ..rules import Recipe
 from ..tokenizer import Tokenizer
 from . import planning
 from .arguments import parser
@@ -107,12 +109,17 @@ def _plan(options: argparse.Namespace) -> Answer:
 def _recipe(options: argparse.Namespace) -> Recipe | None:
     """The recipe, every name in it looked up before the model is loaded; None without --format."""
     if options.format is None:
-        if options.method or options.rule:
-            options.usage("--method and --rule need --format")
+        if options.method or options.rule or options.activations:
+            options.usage("--method, --rule and --activations need --format")
         return None
-    recipe = Recipe(options.format, tuple(options.rule), options.method or "rtn")
+    recipe = Recipe.of(options.format).with_method(options.method)
+    recipe = replace(recipe, rules=tuple(options.rule))
+    if options.activations is not None:
+        chosen = None if options.activations == "none" else options.activations
+        recipe = replace(recipe, activations=chosen)
     recipe.chosen_method()
-    for name in (options.format, *(name for _, name in options.rule)):
+    recipe.choose_inputs("any layer")
+    for name in (recipe.format, *(name for _, name in options.rule)):
         if name is not None:
             named_format(name)
     return recipe
@@ -134,8 +141,9 @@ def _quantize(options: argparse.Namespace) -> Answer:
         if not options.importance.endswith(".gguf"):
             more["importance"] = _calibration(options, options.importance, tokenizer)
     if recipe is not None:
-        _check_formats(options, plan(model, recipe), to_gguf)
-        looks = recipe.chosen_method().sees != "weight"
+        planned = plan(model, recipe)
+        _check_formats(options, planned, to_gguf)
+        looks = recipe.chosen_method().sees != "weight" or planned.is_static
         seen = _calibration(options, options.calibration, tokenizer) if looks else None
         report = quantize_model(
             model, recipe, None, seen, progress=not options.quiet, resume=options.resume
@@ -150,11 +158,15 @@ def _quantize(options: argparse.Namespace) -> Answer:
 
 def _check_formats(options: argparse.Namespace, planned: Plan, to_gguf: bool) -> None:
     """Refuse before the work what the container could only refuse after it."""
+    module = quantized.CONTAINERS.get(options.container)
     for step in planned.steps:
         if step.format is not None and to_gguf:
             gguf_export.require(step.layer, step.format)
-        elif step.format is not None and options.container in quantized.CONTAINERS:
+        elif module is not None and step.format is not None:
             quantized.require(options.container, step.layer, step.format, step.shape)
+            if step.inputs is not None:
+                own = (options.container, module, step.layer, step.inputs)
+                inputs.require(*own, step.format, step.shape)
 
 
 def _load(options: argparse.Namespace, name: str) -> tuple[Decoder, Tokenizer | None]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from .. import zoo
+from ..activations import STATIC
 from ..methods import METHODS
+from ..rules import RECIPES
 from ..texts import NAMES as TEXTS
 
 EPILOG = f"""\
@@ -14,6 +16,7 @@ MODEL is a Hugging Face folder, a folder that quantize wrote, a .gguf file, hf:o
 
   qlib plan MODEL --format int4-g128 --rule '*.down_proj=int8-g64'
   qlib quantize MODEL OUT --format int4-g128 --method gptq
+  qlib quantize MODEL OUT --format w8a8 --method smoothquant
   qlib quantize MODEL OUT.gguf --mix Q4_K_M --importance calibration
   qlib convert OUT OUT.gguf
   qlib inspect OUT.gguf
@@ -23,6 +26,9 @@ Exit codes: 0 done, 1 refused (one line on stderr says why), 2 wrong usage, 130 
 `qlib COMMAND --help` lists the options of a command.
 """
 FORMAT = "int{1..8}[-g{n}|-row|-tensor][-asym|-offset][-mse], nf4, mxfp4, nvfp4, q4_k, ..."
+FORMAT += f" or, with activations, {', '.join(RECIPES)}"
+ACTIVATIONS = f"""what layers quantize their inputs to: int8-row, fp8_e4m3, nvfp4, ...; with
+{STATIC} after a format of one scale, its range is measured; 'none' leaves inputs as they are"""
 MIX = "of a .gguf file: Q4_K_M, IQ4_XS, Q8_0, ..."
 RULE = "layers whose names match PATTERN get format F, or 'none' to stay as they are"
 TEXT = f"{' or '.join(TEXTS)}, or a UTF-8 file"
@@ -65,6 +71,7 @@ def _plan(command: argparse.ArgumentParser) -> None:
 def _recipe(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--rule", metavar="PATTERN=F", type=rule, action="append", default=[], help=RULE)
+    add("--activations", metavar="A", help=ACTIVATIONS)
     add("--method", metavar="M", help=", ".join(METHODS))
     add("--importance", metavar="I", help=IMPORTANCE)
     add("--tokens", metavar="N", type=positive, default=8192, help=TOKENS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import fnmatch
 import math
 import re
 from collections import Counter
@@ -19,10 +18,10 @@ from ..files.inspect import by_kind
 from ..ggml import TYPES, mixes
 from ..model import Decoder
 from ..plan import kv_bytes, weights_bytes
-from ..presets import format as named_format
 from ..qtensor import QTensor
-from ..recipe import Recipe, plan
+from ..recipe import plan
 from ..report import Plan, bytes_by_kind
+from ..rules import Recipe
 from ..shapes import SHAPES
 from .text import bits, kinds_table, size, table
 
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace, dtype: torch.dtype, recipe: Recipe | None) 
         dtype: in which the model is loaded; recipe: None where `options.mix` is planned.
     """
     if options.model in SHAPES:
-        return _on_paper(options)
+        return _on_paper(options, recipe)
     near = difflib.get_close_matches(options.model.lower(), map(str.lower, SHAPES), 1, 0.7)
     if near and not Path(options.model).exists() and options.model not in zoo.NAMES:
         name = next(name for name in SHAPES if name.lower() == near[0])
@@ -51,20 +50,28 @@ def _planned(options: argparse.Namespace, model: Decoder, recipe: Recipe) -> tup
     kinds = planned_by_kind(planned)
     loaded = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     peak, why = loaded, "the model as loaded"
-    if (sees := recipe.chosen_method().sees) != "weight":
+    sees = "inputs" if planned.is_static else recipe.chosen_method().sees
+    if sees != "weight":
         # What a block reads and what it computes from that, for all tokens.
         peak += 2 * 4 * options.tokens * model.config.hidden_size
         why = "the model and the inputs of one block"
     if sees == "inputs":
         peak, why = peak + statistics_bytes(planned), why + " with their statistics"
-    text = [f"{options.model}: {planned}", *table(HEAD, _rows(planned, options))]
+    text = [f"{options.model}: {planned}", *table(HEAD, _rows(planned, recipe))]
+    text += [f"inputs: {kind} ({n} layers)" for kind, n in planned.activations.items()]
     text.append("bytes:  " + ", ".join(f"{kind} {n:,}" for kind, n in kinds.items()))
     text.append(
         f"memory: {size(loaded)} as loaded, {size(planned.nbytes)} afterwards\n"
         f"peak:   about {size(peak)} besides Python, for {why}"
     )
     layers = [
-        {"layer": s.layer, "shape": s.shape, "format": _named(s.layer, options), "bytes": s.nbytes}
+        {
+            "layer": s.layer,
+            "shape": s.shape,
+            "format": recipe.named(s.layer),
+            "bytes": s.nbytes,
+            "inputs": s.inputs and str(s.inputs),
+        }
         for s in planned.steps
     ]
     data = {"model": options.model, "bytes": planned.nbytes, "bytes_by_kind": kinds}
@@ -95,12 +102,12 @@ def statistics_bytes(planned: Plan) -> int:
     return max(blocks.values())
 
 
-def _rows(planned: Plan, options: argparse.Namespace) -> list[tuple]:
+def _rows(planned: Plan, recipe: Recipe) -> list[tuple]:
     """One row for all layers of one role, shape and format; then what is no layer."""
     found: dict[tuple, list[int]] = {}
     for step in planned.steps:
         role = re.sub(r"^.*?\.\d+\.", "", step.layer)
-        name = _named(step.layer, options) or "kept as it is"
+        name = recipe.named(step.layer) or "kept as it is"
         found.setdefault((role, step.shape, name), []).append(step.nbytes)
     rows = [
         (*_row(role, shape, name), len(sizes), sum(sizes),
@@ -114,12 +121,6 @@ def _rows(planned: Plan, options: argparse.Namespace) -> list[tuple]:
 
 def _row(role: str, shape: tuple[int, ...], name: str) -> tuple[str, str, str]:
     return role, str(list(shape)), name
-
-
-def _named(layer: str, options: argparse.Namespace) -> str | None:
-    """The name by which the format of a layer was asked for."""
-    found = (name for pattern, name in options.rule if fnmatch.fnmatch(layer, pattern))
-    return next(found, options.format)
 
 
 def _mixed(options: argparse.Namespace, model: Decoder) -> tuple[str, dict]:
@@ -143,14 +144,14 @@ def _mixed(options: argparse.Namespace, model: Decoder) -> tuple[str, dict]:
     return "\n".join(text), data | {"fallbacks": fallbacks, "tensors": rows}
 
 
-def _on_paper(options: argparse.Namespace) -> tuple[str, dict]:
+def _on_paper(options: argparse.Namespace, recipe: Recipe | None) -> tuple[str, dict]:
     """A model that nobody has to have: its published shape is enough."""
     name, shape = options.model, SHAPES[options.model]
-    if options.rule or options.format is None:
+    if options.rule or recipe is None:
         raise ValueError(f"{name} is only a published shape: give --format, without rules")
-    form = named_format(options.format)
+    form = recipe.choose("")
     rows = [
-        (*_row(role, m.shape, options.format), m.count, m.count * form.nbytes(m.shape),
+        (*_row(role, m.shape, recipe.format), m.count, m.count * form.nbytes(m.shape),
          bits(form.nbytes(m.shape), math.prod(m.shape)))
         for role, m in shape.matrices.items()
     ]  # fmt: skip

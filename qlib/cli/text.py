@@ -103,6 +103,7 @@ def contents_text(contents: Contents, everything: bool) -> str:
     count, total = len(contents.tensors), f"{contents.nbytes:,} bytes"
     head = printable(f"{contents.path}: {contents.container}, {count:,} tensors, {total}")
     lines = [head + per_weight, *kinds_table(contents.kinds())]
+    lines += [fit(f"inputs: {printable(kind)}", WIDTH) for kind in contents.activations]
     if contents.metadata:
         found = contents.metadata.items()
         pairs = [fit(f"  {printable(key)}: {_short(value)}", WIDTH) for key, value in found]
@@ -133,6 +134,7 @@ def contents_data(contents: Contents, everything: bool) -> dict[str, Any]:
         "weights": contents.weights,
         "bits_per_weight": contents.bits_per_weight,
         "types": {kind: {"tensors": n, "values": v, "bytes": b} for kind, n, v, b in rows},
+        "inputs": contents.activations,
         "metadata": metadata,
         "tensors": [
             {"name": t.name, "type": t.kind, "shape": list(t.shape), "bytes": t.nbytes}

@@ -10,6 +10,9 @@ double quantization    the same, but weight.absmax uint8 [N K / g], with weight.
 8 bits                 weight int8 [N, K], SCB float32 [N], weight_format, a zero;
                        value = code * SCB / 127
 
+With weights in 8 bits, bitsandbytes always quantizes inputs to int8 for each token, but for the
+channels that reach config.json's llm_int8_threshold; where that is 0, there are none.
+
 Of two 4-bit codes the first lies in the high half of the byte. Blocks run over the flattened
 weight, so that they are blocks of rows where g divides K.
 """
@@ -25,7 +28,9 @@ import torch
 from torch import Tensor
 
 from .. import fit, grid
+from ..activations import Inputs
 from ..double import DYNAMIC, DoubleQuant
+from ..methods.llm_int8 import LLMInt8
 from ..qtensor import Format, QTensor
 from ..scheme import Scheme
 from .stored import Settings, Stored
@@ -67,8 +72,15 @@ def refusal(format: Format, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def store(q: QTensor) -> dict[str, Tensor]:
-    """The tensors of one layer, by what follows its name and a dot.
+def inputs_refusal(inputs: Inputs, weight: Format | None) -> str | None:
+    """Why these inputs with a weight of this format cannot be written, or None."""
+    if not isinstance(inputs, LLMInt8) or weight is None or table_of(weight) != "int8":
+        return "it has LLM.int8(), with int8-row weights"
+    return None
+
+
+def store(q: QTensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
+    """The tensors of one layer, by what follows its name and a dot; inputs have none.
 
     Raises ValueError for float32 scales of int8 that are no multiple of 1/127 in float32.
     """
@@ -130,8 +142,13 @@ def _store_int8(q: QTensor) -> dict[str, Tensor]:
     }
 
 
-def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
-    """Entries of config.json. Raises ValueError if some layers have 4 bits and others 8."""
+def describe(
+    formats: Mapping[str, Format | None], inputs: Mapping[str, Inputs] | None = None
+) -> dict[str, Any]:
+    """Entries of config.json.
+
+    Raises ValueError if some layers have 4 bits and others 8, or inputs of several kinds.
+    """
     tables = {table_of(format): name for name, format in formats.items() if format is not None}
     if "int8" in tables and len(tables) > 1:
         four = next(name for table, name in tables.items() if table != "int8")
@@ -143,6 +160,8 @@ def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
     settings = {"quant_method": NAME, "llm_int8_skip_modules": [*dense, *tied]}
     if "int8" in tables:
         settings |= {"load_in_8bit": True, "load_in_4bit": False}
+        if inputs:
+            settings["llm_int8_threshold"] = _common_threshold(formats, inputs)
     else:
         settings |= {
             "load_in_4bit": True,
@@ -153,6 +172,26 @@ def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
             "bnb_4bit_quant_storage": "uint8",
         }
     return {"quantization_config": settings}
+
+
+def _common_threshold(formats: Mapping[str, Format | None], inputs: Mapping[str, Inputs]) -> float:
+    kinds = {str(inputs.get(n)): n for n, format in formats.items() if format is not None}
+    if len(kinds) > 1:
+        (one, first), (other, second) = list(kinds.items())[:2]
+        message = f"{first} has {one}, {second} has {other}"
+        raise ValueError(f"{NAME} holds layers of one kind of inputs: {message}")
+    threshold = next(iter(inputs.values())).threshold
+    return float(threshold) if math.isfinite(threshold) else 0.0
+
+
+def read_inputs(stored: Stored, settings: Settings) -> Inputs | None:
+    """How the layer quantizes its inputs, or None where nothing is said of that."""
+    threshold = settings.data.get("llm_int8_threshold")
+    if threshold is None or "SCB" not in stored:
+        return None
+    if type(threshold) not in (int, float) or not 0 <= threshold < math.inf:
+        raise settings.error("llm_int8_threshold", f"is {threshold!r:.80}; need a number from 0")
+    return LLMInt8(float(threshold) or math.inf)
 
 
 def read(stored: Stored, settings: Settings) -> QTensor | None:

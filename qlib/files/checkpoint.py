@@ -14,7 +14,7 @@ from ..errors import FormatError
 from ..linear import QLinear, replace_layer
 from ..model import Decoder
 from ..tokenizer import Tokenizer
-from . import hf, native
+from . import hf, inputs, native
 from .assemble import parameter_shapes
 from .atomic import replacing
 
@@ -26,14 +26,16 @@ def save(folder: str | os.PathLike, model: Decoder, tokenizer: Tokenizer | None 
 
     Files are written under temporary names and renamed, the weights first.
     """
-    folder = Path(folder)
+    folder, layers = Path(folder), inputs.layers_to_dict(model)
     folder.mkdir(parents=True, exist_ok=True)
     packed = {n: m.weight for n, m in model.named_modules() if isinstance(m, QLinear)}
     quantized = {f"{name}.weight": q for name, q in packed.items()}
     # Of a quantized layer the packed tensor has everything but the bias.
     dense = {n: t for n, t in model.state_dict().items()
              if n.rpartition(".")[0] not in packed or n.endswith(".bias")}  # fmt: skip
-    native.save_tensors(folder / hf.SINGLE, quantized, dense)
+    # Layers may share a transform, and a file holds no tensor twice.
+    dense |= {name: t.clone() for name, t in dense.items() if ".transform." in name}
+    native.save_tensors(folder / hf.SINGLE, quantized, dense, layers)
     config = model.config.to_hf() | {"quantization_config": {"quant_method": CONTAINER}}
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -45,7 +47,8 @@ def save(folder: str | os.PathLike, model: Decoder, tokenizer: Tokenizer | None 
 def load(folder: str | os.PathLike) -> tuple[Decoder, Tokenizer | None]:
     """Read what `save` wrote: the model with its QLinear layers, and the tokenizer if there is one.
 
-    Raises FormatError if a tensor is missing, left over, or of another shape than config.json says.
+    Raises FormatError if a tensor is missing, left over, or of another shape than config.json says,
+    and if what a layer does with its inputs is not understood.
     """
     folder = Path(folder)
     config = hf.read_config(folder, container=CONTAINER)
@@ -53,6 +56,8 @@ def load(folder: str | os.PathLike) -> tuple[Decoder, Tokenizer | None]:
     if not path.is_file():
         raise FormatError(path, "file", "this file is missing")
     quantized, dense = native.load_tensors(path), native.load_dense(path)
+    widths = {n.removesuffix(".weight"): t.shape[-1] for n, t in (quantized | dense).items()}
+    layers = inputs.load_layers(path, dense, widths)
     found = {name: tuple(tensor.shape) for name, tensor in (quantized | dense).items()}
     # Lazily, so that a config of 2^31 layers ends at the first missing tensor.
     for name, need in parameter_shapes(config):
@@ -71,6 +76,7 @@ def load(folder: str | os.PathLike) -> tuple[Decoder, Tokenizer | None]:
             raise FormatError(path, name, "is quantized, but does not belong to a linear layer")
         replace_layer(model, layer, QLinear(q, dense.get(f"{layer}.bias")))
     model.load_state_dict(dense, assign=True, strict=False)
+    inputs.attach(path, model, layers)
     has_tokenizer = (folder / "tokenizer.json").exists()
     tokenizer = hf.read_tokenizer(folder, config) if has_tokenizer else None
     return model.eval().requires_grad_(False), tokenizer

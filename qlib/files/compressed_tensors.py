@@ -5,7 +5,8 @@ Of a layer it stores, with N outputs, K inputs and groups of g inputs:
 pack-quantized         weight_packed int32 [N, K b / 32], weight_scale [N, K / g], weight_shape;
                        with zero points also weight_zero_point int32 [N b / 32, K / g]
 float-quantized        weight E4M3 [N, K], weight_scale [N, 1] or [1]
-int-quantized          weight int8 [N, K], weight_scale [N, 1] or [1]
+int-quantized          weight int8 [N, K], weight_scale [N, K / g], [N, 1] or [1]; integers lie so
+                       if inputs are quantized too (`ct_inputs`)
 mxfp4-pack-quantized   weight_packed uint8 [N, K / 2], weight_scale E8M0 [N, K / 32]
 mxfp6-pack-quantized   weight_packed uint8 [N, 3 K / 4] of E2M3, weight_scale E8M0 [N, K / 32]
 mxfp8-quantized        weight E4M3 [N, K], weight_scale E8M0 [N, K / 32]
@@ -28,16 +29,18 @@ import torch
 from torch import Tensor
 
 from .. import fit, grid
+from ..activations import Inputs
 from ..pack import pack, unpack
 from ..presets import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4_RECIPROCAL
 from ..presets import NVFP4 as NVFP4_DIRECT
 from ..qtensor import Format, QTensor
 from ..scheme import Scheme
+from . import ct_inputs
+from .ct_inputs import FLOATS
 from .integers import is_integer, stream, words
 from .stored import Settings, Stored
 
 NAME = "compressed-tensors"
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 MX = {
     "mxfp4-pack-quantized": MXFP4,
     "mxfp6-pack-quantized": MXFP6_E2M3,
@@ -54,8 +57,8 @@ ASYMMETRIC = (
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_zero_point")
 
 
-def layout_of(format: Format) -> str | None:
-    """The name of the layout that holds `format`, if one does."""
+def layout_of(format: Format, inputs: Inputs | None = None) -> str | None:
+    """The name of the layout that holds `format` with these inputs, if one does."""
     if not isinstance(format, Scheme):
         return None
     for name, scheme in MX.items():
@@ -66,7 +69,9 @@ def layout_of(format: Format) -> str | None:
     plain = format.scale in FLOATS.values()
     if plain and format.grid == grid.E4M3 and format.block in ("row", "tensor"):
         return "float-quantized"
-    return "pack-quantized" if plain and is_integer(format) and format.block != "tensor" else None
+    if not plain or not is_integer(format) or format.block == "tensor":
+        return None
+    return "pack-quantized" if inputs is None else "int-quantized"
 
 
 def refusal(format: Format, shape: tuple[int, ...]) -> str | None:
@@ -81,9 +86,17 @@ def refusal(format: Format, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def store(q: QTensor) -> dict[str, Tensor]:
+inputs_refusal = ct_inputs.refusal
+
+
+def store(q: QTensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
     """The tensors of one layer, by what follows its name and a dot."""
-    layout, parts = layout_of(q.format), q.parts
+    weight = _store(q, layout_of(q.format, inputs))
+    return weight if inputs is None else weight | ct_inputs.store(inputs)
+
+
+def _store(q: QTensor, layout: str) -> dict[str, Tensor]:
+    parts = q.parts
     if layout == NVFP4:
         return {
             "weight_packed": parts["codes"],
@@ -98,6 +111,9 @@ def store(q: QTensor) -> dict[str, Tensor]:
     if layout in MX:
         return {"weight_packed": parts["codes"], "weight_scale": parts["scale"]}
     bits = q.format.grid.bits
+    if layout == "int-quantized":
+        codes = unpack(parts["codes"], bits, q.shape[1]) - (1 << bits - 1)
+        return {"weight": codes.to(torch.int8), "weight_scale": parts["scale"]}
     stored = {
         "weight_packed": words(parts["codes"]),
         "weight_scale": parts["scale"],
@@ -109,13 +125,16 @@ def store(q: QTensor) -> dict[str, Tensor]:
     return stored
 
 
-def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
-    """Entries of config.json: one group of layers for each format."""
+def describe(
+    formats: Mapping[str, Format | None], inputs: Mapping[str, Inputs] | None = None
+) -> dict[str, Any]:
+    """Entries of config.json: one group of layers for each format of weights and inputs."""
     groups: dict[str, dict[str, Any]] = {}
     for name, format in formats.items():
         if format is not None:
-            group = groups.setdefault(str(format), _group(format))
-            group["targets"].append(name)
+            group = _group(format, (inputs or {}).get(name))
+            same = groups.setdefault(f"{format} {group.get('input_activations')}", group)
+            same["targets"].append(name)
     if len(groups) == 1:
         next(iter(groups.values()))["targets"] = ["Linear"]
     if not all(group["weights"]["symmetric"] for group in groups.values()):
@@ -137,12 +156,12 @@ def describe(formats: Mapping[str, Format | None]) -> dict[str, Any]:
     return entries
 
 
-def _group(format: Scheme) -> dict[str, Any]:
-    layout = layout_of(format)
+def _group(format: Scheme, inputs: Inputs | None) -> dict[str, Any]:
+    layout = layout_of(format, inputs)
     strategy = {"row": "channel", "tensor": "tensor"}.get(format.block, "group")
     weights = {
         "num_bits": format.grid.bits,
-        "type": "int" if layout == "pack-quantized" else "float",
+        "type": "int" if is_integer(format) else "float",
         "symmetric": format.offset is None,
         "strategy": "tensor_group" if layout == NVFP4 else strategy,
         "group_size": format.block if type(format.block) is int else None,
@@ -150,7 +169,8 @@ def _group(format: Scheme) -> dict[str, Any]:
     }
     if layout in MX:
         weights["scale_dtype"] = "torch.uint8"
-    return {"targets": [], "format": layout, "weights": weights}
+    group = {"targets": [], "format": layout, "weights": weights}
+    return group if inputs is None else group | {"input_activations": ct_inputs.arguments(inputs)}
 
 
 def read(stored: Stored, settings: Settings) -> QTensor | None:
@@ -165,6 +185,11 @@ def read(stored: Stored, settings: Settings) -> QTensor | None:
     if layout not in LAYOUTS:
         raise settings.error("format", f"is {layout!r:.40}; need one of {', '.join(LAYOUTS)}")
     return LAYOUTS[layout](stored, group.object("weights"), layout)
+
+
+def read_inputs(stored: Stored, settings: Settings) -> Inputs | None:
+    """How the layer quantizes its inputs, or None."""
+    return ct_inputs.read(stored, _group_of(stored, settings))
 
 
 def _group_of(stored: Stored, settings: Settings) -> Settings:
@@ -219,19 +244,24 @@ def _block(weights: Settings, inner: int) -> int | str:
 
 
 def _read_whole(stored: Stored, weights: Settings, layout: str) -> QTensor:
-    """FP8 or int8 codes, one to a byte, with a scale for each row or for the whole weight."""
-    out, _ = stored.shape
-    strategy = weights.choice("strategy", ("channel", "tensor"))
+    """Codes, one to a byte, with a scale for a group or row of the weight, or for all of it."""
+    (out, inner), groups = stored.shape, 1
+    strategy = weights.choice("strategy", ("channel", "tensor", "group"))
+    block = strategy if strategy == "tensor" else _block(weights, inner)
+    groups = inner // block if type(block) is int else 1
     codes = stored.take("weight", "I8" if layout == "int-quantized" else "F8_E4M3", stored.shape)
-    whole = strategy == "tensor"
-    scale = stored.take("weight_scale", FLOATS, (1,) if whole else (out, 1)).view(-1, 1)
-    levels = grid.E4M3
-    codes = codes.view(torch.uint8)
+    shape = (1,) if block == "tensor" else (out, groups)
+    scale = stored.take("weight_scale", FLOATS, shape).view(-1, groups)
+    levels, codes = grid.E4M3, codes.view(torch.uint8)
     if layout == "int-quantized":
+        levels = grid.int_grid(weights.integer("num_bits", 2, 8, 8))
         # Two's complement to offset binary.
-        levels, codes = grid.int_grid(8), codes ^ 128
-    format = Scheme(levels, "tensor" if whole else "row", fit.absmax, scale.dtype)
-    return QTensor(format, stored.shape, {"codes": codes, "scale": scale})
+        codes = codes + (1 << levels.bits - 1)
+        if int(codes.max()) >> levels.bits:
+            raise stored.error("weight", f"holds more than {levels.bits} bits")
+    format = Scheme(levels, block, fit.absmax, scale.dtype)
+    parts = {"codes": pack(codes, levels.bits), "scale": scale}
+    return QTensor(format, stored.shape, parts)
 
 
 def _read_mx(stored: Stored, weights: Settings, layout: str) -> QTensor:

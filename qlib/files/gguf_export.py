@@ -26,7 +26,7 @@ from ..model import Config, Decoder, frequency_factors
 from ..progress import bar
 from ..qtensor import Format, QTensor
 from ..tokenizer import Tokenizer
-from . import gguf_tokenizer, gguf_write
+from . import gguf_tokenizer, gguf_write, inputs
 from .assemble import parameter_shapes
 from .gguf_llama import ROPE_FACTORS, gguf_name, heads_in_pairs, pairs_from_halves
 from .gguf_report import GgufReport, Stored
@@ -66,6 +66,7 @@ def export(
     tokenizers that it cannot express, and for types that cannot be made (without an importance).
     """
     start = time.perf_counter()
+    inputs.writable("gguf", None, model)
     weights = dict(named_weights(model))
     if isinstance(importance, Calibration):
         importance = measure(model, importance)

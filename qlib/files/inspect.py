@@ -50,9 +50,33 @@ class Contents:
         """8 * bytes / weights, norms and embeddings included, where the weights are known."""
         return 8 * self.nbytes / self.weights if self.weights else None
 
+    @property
+    def activations(self) -> list[str]:
+        """How layers quantize what they read, in the words of the file."""
+        found = self.metadata.get("quantization_config")
+        found = found if isinstance(found, dict) else {}
+        groups = found.get("config_groups")
+        groups = groups.values() if isinstance(groups, dict) else ()
+        said = [g.get("input_activations") for g in groups if isinstance(g, dict)]
+        if found.get("load_in_8bit") and "llm_int8_threshold" in found:
+            said.append({"llm_int8_threshold": found["llm_int8_threshold"]})
+        said += _of_layers(self.metadata.get("qlib"))
+        return list(dict.fromkeys(json.dumps(one) for one in said if one))
+
     def kinds(self) -> list[tuple[str, int, int, int]]:
         """(type, tensors, values, bytes) of every type, the most bytes first."""
         return by_kind(self.tensors)
+
+
+def _of_layers(text: object) -> list[Any]:
+    """The inputs that qlib's own container says of its layers, without the ranges of each."""
+    try:
+        layers = json.loads(text)["layers"].values()
+        inputs = [layer["inputs"] for layer in layers if "inputs" in layer]
+        return [{k: v for k, v in one.items() if k not in ("low", "high")} for one in inputs]
+    # What is not as it should be is refused where weights are read; here it says nothing.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def inspect_file(path: str | os.PathLike) -> Contents:

@@ -2,7 +2,8 @@
 
 Every stored tensor appears under its own name (`layer.weight.codes`, `layer.weight.scale`, ...),
 so any safetensors reader can look inside. The metadata entry "qlib" is JSON:
-`{"version": 1, "tensors": {name: {"shape": [out, in], "format": {...}}}}`.
+`{"version": 1, "tensors": {name: {"shape": [out, in], "format": {...}}}}`. Version 2 has also
+"layers", by name: what a layer does with its inputs (`qlib.files.inputs`).
 """
 
 from __future__ import annotations
@@ -24,26 +25,36 @@ from ..errors import FormatError
 from ..fit import FITS
 from ..ggml import BlockFormat
 from ..grid import GRIDS, Grid
+from ..polarquant import PolarQuant
 from ..qtensor import Format, QTensor
 from ..reordered import Reordered, is_permutation
 from ..scheme import Scheme
 from ..storage import Divisor
+from ..turboquant import TurboQuant
 from .atomic import replacing
 
-VERSION = 1
+VERSIONS = (1, 2)
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32)}
 STORED_AS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
              torch.int32: "I32"}  # fmt: skip
 MAX_WEIGHTS = 1 << 40
 MAX_DEPTH = 4
+# Formats of rotated rows are described by their own fields, under these names.
+ROTATED = {"turboquant": TurboQuant, "polarquant": PolarQuant}
+LENGTHS = ("norm", "radius")
 
 
 def save_tensors(
     path: str | os.PathLike,
     quantized: Mapping[str, QTensor],
     dense: Mapping[str, Tensor] | None = None,
+    layers: Mapping[str, dict] | None = None,
 ) -> None:
-    """Write quantized and dense tensors to one file, atomically (temporary name, then rename)."""
+    """Write quantized and dense tensors to one file, atomically (temporary name, then rename).
+
+    Args:
+        layers: JSON data for each layer that has some, by name.
+    """
     described = {
         name: {"shape": list(q.shape), "format": format_to_dict(q.format)}
         for name, q in quantized.items()
@@ -51,7 +62,9 @@ def save_tensors(
     tensors = {_key(n, part): t for n, q in quantized.items() for part, t in q.parts.items()}
     tensors |= dict(dense or {})
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"qlib": json.dumps({"version": VERSION, "tensors": described})}
+    # A reader of version 1 would pass over what the layers do.
+    entry = {"version": 2, "layers": dict(layers)} if layers else {"version": 1}
+    metadata = {"qlib": json.dumps(entry | {"tensors": described})}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", **metadata})
 
@@ -63,7 +76,7 @@ def load_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) ->
     range of values that its format prescribes.
     """
     with _open(path) as file:
-        described = _described(path, file.metadata() or {})
+        described = _entry(path, file.metadata() or {})["tensors"]
         chosen = list(described) if names is None else list(names)
         missing = [name for name in chosen if name not in described]
         if missing:
@@ -74,10 +87,16 @@ def load_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) ->
 def load_dense(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a file that belong to no quantized tensor."""
     with _open(path) as file:
-        described = _described(path, file.metadata() or {})
+        described = _entry(path, file.metadata() or {})["tensors"]
         owned = tuple(f"{name}." for name in described)
         names = [key for key in file.keys() if not key.startswith(owned)]  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}
+
+
+def load_layers(path: str | os.PathLike) -> dict[str, object]:
+    """The unchecked JSON data of each layer that has some."""
+    with _open(path) as file:
+        return _entry(path, file.metadata() or {}).get("layers", {})
 
 
 def format_to_dict(format: Format) -> dict:
@@ -88,6 +107,10 @@ def format_to_dict(format: Format) -> dict:
         return {"columns": scheme_to_dict(format.scheme)}
     if isinstance(format, Reordered):
         return {"reordered": scheme_to_dict(format.scheme)}
+    for name, kind in ROTATED.items():
+        if isinstance(format, kind):
+            fields = vars(format).items()
+            return {name: {k: _storage_to_data(v) if k in LENGTHS else v for k, v in fields}}
     return scheme_to_dict(format)
 
 
@@ -116,10 +139,10 @@ def _storage_to_data(storage):
     return {"grid": storage.name} if isinstance(storage, Grid) else str(storage)[len("torch.") :]
 
 
-class _Reader:
+class Reader:
     """Turns JSON data into Schemes; every refusal names the file and the field."""
 
-    def __init__(self, path, field: str, learned: Tensor | None):
+    def __init__(self, path, field: str, learned: Tensor | None = None):
         self.path, self.field, self.learned = path, field, learned
 
     def format(self, data) -> Format:
@@ -132,7 +155,19 @@ class _Reader:
             return Columns(self.scheme(data["columns"]))
         if isinstance(data, dict) and set(data) == {"reordered"}:
             return self.reordered(data["reordered"])
+        if isinstance(data, dict) and len(data) == 1 and next(iter(data)) in ROTATED:
+            return self.rotated(*next(iter(data.items())))
         return self.scheme(data)
+
+    def rotated(self, name: str, data) -> Format:
+        fields = ROTATED[name].__dataclass_fields__
+        if not isinstance(data, dict) or set(data) != set(fields):
+            raise self.error(f"{name} has exactly the fields {', '.join(fields)}")
+        stored = {k: DTYPES.get(str(data[k])) for k in LENGTHS if k in data}
+        try:
+            return ROTATED[name](**{**data, **stored})
+        except (TypeError, ValueError) as error:
+            raise self.error(str(error)) from None
 
     def reordered(self, data) -> Reordered:
         try:
@@ -192,7 +227,7 @@ def _open(path):
         raise FormatError(path, "header", f"not a valid safetensors file ({error})") from None
 
 
-def _described(path, metadata: Mapping[str, str]) -> dict:
+def _entry(path, metadata: Mapping[str, str]) -> dict:
     if "qlib" not in metadata:
         raise FormatError(path, "qlib", "missing: this file was not written by qlib")
     try:
@@ -201,9 +236,12 @@ def _described(path, metadata: Mapping[str, str]) -> dict:
         raise FormatError(path, "qlib", "not valid JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("tensors"), dict):
         raise FormatError(path, "qlib", "has no table of tensors")
-    if data.get("version") != VERSION:
-        raise FormatError(path, "qlib", f"has version {data.get('version')!r}, expected {VERSION}")
-    return data["tensors"]
+    if data.get("version") not in VERSIONS:
+        message = f"has version {data.get('version')!r}, expected 1 or 2"
+        raise FormatError(path, "qlib", message)
+    if not isinstance(data.get("layers", {}), dict):
+        raise FormatError(path, "qlib.layers", "is no table of layers")
+    return data
 
 
 def _load_one(path, file, name: str, data) -> QTensor:
@@ -216,7 +254,7 @@ def _load_one(path, file, name: str, data) -> QTensor:
     present = set(file.keys())
     key = _key(name, "grid")
     learned = file.get_tensor(key) if key in present else None
-    format = _Reader(path, field, learned).format(data.get("format"))
+    format = Reader(path, field, learned).format(data.get("format"))
     if isinstance(format, Columns) and len(shape) != 2:
         raise FormatError(path, field, f"shape {shape} has no columns")
     try:
@@ -231,6 +269,9 @@ def _load_one(path, file, name: str, data) -> QTensor:
     if isinstance(format, BlockFormat):
         if not bool(format.decode(parts, shape).isfinite().all()):
             raise FormatError(path, _key(name, "blocks"), "holds NaN or infinite values")
+        return QTensor(format, tuple(shape), parts)
+    if isinstance(format, tuple(ROTATED.values())):
+        # Every code stands for a number, and that lengths are finite has been seen.
         return QTensor(format, tuple(shape), parts)
     turned = isinstance(format, Columns)
     scheme, stored = (format.scheme, shape[::-1]) if turned else (format, shape)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..activations import Inputs
 from ..errors import FormatError
 from ..ggml import BlockFormat
 from ..ggml.schemes import block_of, scheme_of, to_scheme
@@ -22,7 +23,7 @@ from ..linear import QLinear, replace_layer
 from ..model import Decoder
 from ..qtensor import Format, QTensor
 from ..tokenizer import Tokenizer
-from . import awq, bnb, compressed_tensors, gptq, hf, mlx, native
+from . import awq, bnb, compressed_tensors, gptq, hf, inputs, mlx, native
 from .assemble import empty_decoder, parameter_shapes
 from .stored import Container, Settings, Stored
 
@@ -68,7 +69,7 @@ def save(
         max_shard_bytes: start a new file once one would hold more bytes of tensors than this.
 
     Raises ValueError, naming the layer and the containers that can hold it, before anything is
-    written.
+    written. Warns if the layers quantize their inputs and the container cannot say so.
     """
     linears = {n: None for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     packed = {
@@ -77,16 +78,19 @@ def save(
         if isinstance(module, QLinear)
     }
     layout = CONTAINERS[container]
+    reading = inputs.writable(container, layout, model)
     tensors = dict(_dense(model, dtype))
     stored: dict[str, Tensor] = {}
     for name, q in packed.items():
         try:
-            stored |= {f"{name}.{part}": tensor for part, tensor in layout.store(q).items()}
+            own = layout.store(q, reading[name]) if name in reading else layout.store(q)
+            stored |= {f"{name}.{part}": tensor for part, tensor in own.items()}
         # Some values do not fit although their format does, such as a bias too large for float16.
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     tensors |= stored
-    settings = layout.describe({**linears, **{name: q.format for name, q in packed.items()}})
+    formats = {**linears, **{name: q.format for name, q in packed.items()}}
+    settings = layout.describe(formats, reading) if reading else layout.describe(formats)
     hf.save_checkpoint(
         folder, model.config, tensors, tokenizer,
         max_shard_bytes=max_shard_bytes, settings=settings,
@@ -107,6 +111,7 @@ def save_dense(
 
     Arguments as for `save`; a dequantized weight is float32 unless `dtype` says otherwise.
     """
+    inputs.writable("hf", None, model)
     tensors = dict(_dense(model, dtype))
     for name, module in model.named_modules():
         if isinstance(module, QLinear):
@@ -171,6 +176,7 @@ def load(
     tensors = hf.Tensors(folder, DTYPES)
     left = {key for key in tensors.shapes if hf.is_weight(key, config)}
     packed: dict[str, QTensor] = {}
+    reading: dict[str, Inputs] = {}
     dense: dict[str, Tensor] = {}
     for key, shape in parameter_shapes(config):
         stored = Stored(tensors, key.rpartition(".")[0], shape)
@@ -182,11 +188,13 @@ def load(
         else:
             native.check_values(folder, stored.name, q.format, q.parts, q.shape)
             packed[stored.name] = q
+            if hasattr(CONTAINERS[name], "read_inputs"):
+                reading[stored.name] = CONTAINERS[name].read_inputs(stored, settings)
         left -= stored.taken
     if left:
         message = f"is not part of a {config.model_type} decoder of this config"
         raise FormatError(folder, min(left), message)
-    return _assemble(config, packed, dense, dtype), hf.read_tokenizer(folder, config)
+    return _assemble(config, packed, reading, dense, dtype), hf.read_tokenizer(folder, config)
 
 
 def _settings(folder: Path, container: str) -> Settings:
@@ -195,11 +203,12 @@ def _settings(folder: Path, container: str) -> Settings:
     return Settings(folder / "config.json", field, raw.get(field))
 
 
-def _assemble(config, packed: dict[str, QTensor], dense, dtype: torch.dtype) -> Decoder:
+def _assemble(config, packed: dict[str, QTensor], reading, dense, dtype: torch.dtype) -> Decoder:
     model = empty_decoder(config)
     for name, q in packed.items():
         if isinstance(model.get_submodule(name), nn.Linear):
-            replace_layer(model, name, QLinear(q, dense.get(f"{name}.bias")))
+            bias, read = dense.get(f"{name}.bias"), reading.get(name)
+            replace_layer(model, name, QLinear(q, bias, inputs=read))
         else:
             dense[f"{name}.weight"] = q.dequantize().to(dtype)
     loaded = model.load_state_dict(dense, assign=True, strict=False)

@@ -18,6 +18,7 @@ from ..errors import FormatError
 from ..report import BlockResult, LayerResult, Plan
 from . import native
 from .atomic import replacing
+from .inputs import inputs_to_dict, load_layers
 
 
 def fingerprint(
@@ -54,7 +55,8 @@ class Resume:
         quantized = {f"{name}.weight": q for name, q in result.tensors.items()}
         state = block.module.state_dict()
         dense = {name: tensor for name, tensor in state.items() if name not in quantized}
-        native.save_tensors(self._path(block, "safetensors"), quantized, dense)
+        inputs = {name: {"inputs": inputs_to_dict(one)} for name, one in result.inputs.items()}
+        native.save_tensors(self._path(block, "safetensors"), quantized, dense, inputs)
         layers = [asdict(layer) | {"format": None} for layer in result.layers]
         content = {"fingerprint": self.fingerprint, "layers": layers}
         with replacing(self._path(block, "json")) as temporary:
@@ -80,11 +82,12 @@ class Resume:
             )
         file = self._path(block, "safetensors")
         quantized = native.load_tensors(file)
+        inputs = {name: one for name, (_, one) in load_layers(file, {}, {}).items()}
         tensors = {name.removesuffix(".weight"): q for name, q in quantized.items()}
         try:
             layers = [_layer(block, tensors, row) for row in content["layers"]]
             block.module.load_state_dict(native.load_dense(file), assign=True, strict=False)
-            return BlockResult(tensors, layers, list(content["unreached"]))
+            return BlockResult(tensors, layers, list(content["unreached"]), inputs)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise FormatError(path, "layers", "do not fit the block; delete the folder") from error
 

@@ -118,7 +118,12 @@ class Stored:
 
 
 class Container(Protocol):
-    """What the module of a container provides."""
+    """What the module of a container provides.
+
+    One that says how inputs are quantized has also inputs_refusal(inputs, format of the weight) ->
+    reason or None, and read_inputs(stored, settings) -> Inputs or None; `store` and `describe` take
+    the inputs of the layer and of all layers then, as a second argument.
+    """
 
     NAME: str
 

@@ -11,7 +11,10 @@ from .autoround import autoround
 from .awq import awq
 from .gptq import gptq
 from .hqq import hqq
+from .rotate import rotate as rotate
 from .rtn import imatrix, rtn
+from .smoothquant import smoothquant
+from .spinquant import spinquant as spinquant
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ METHODS = {
         Method("gptq-act-order", partial(gptq, act_order=True), "inputs", stacks=True),
         Method("awq", awq, "block"),
         Method("awq-clip", partial(awq, clip=True), "block"),
+        Method("smoothquant", smoothquant, "block"),
+        Method("smoothquant-search", partial(smoothquant, alpha=None), "block"),
+        Method("smoothquant-gptq", partial(smoothquant, rounding=gptq), "block"),
         Method("autoround", autoround, "block", targets=True),
         # An eighth of the work.
         Method("autoround-light", partial(autoround, steps=50, batch=2), "block", targets=True),

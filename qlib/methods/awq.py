@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..block import Block, Stats
-from ..fold import Fold, folds, rescale
+from ..fold import Fold, folds_before, rescale
 from ..qtensor import QTensor
 from ..scheme import Scheme
 
@@ -49,8 +48,7 @@ def awq(
     _check(formats, clip, grid)
     stats = block.stats()
     hessians = {name: stats[name].hessian for name in formats}
-    found = [fold for fold in folds(block) if not formats.keys().isdisjoint(fold.consumers)]
-    _warn(block, formats.keys() - {name for fold in found for name in fold.consumers})
+    found = folds_before(block, formats.keys(), "awq cannot rescale", "rounded")
     # The order does not matter: a fold changes nothing that the layers of another one read, and
     # dividing a row of v or up by s divides its scales and its rounding error by s, too.
     for fold in found:
@@ -174,14 +172,3 @@ def _check(formats: Mapping[str, Scheme], clip: bool, grid: int) -> None:
     for name, format in formats.items():
         if clip and not isinstance(format, Scheme):
             raise ValueError(f"{name}: clipping needs a Scheme, got {format}; use method='awq'")
-
-
-def _warn(block: Block, missed: Set[str]) -> None:
-    if missed:
-        kind, names = type(block.module).__name__, ", ".join(sorted(missed)[:4])
-        more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
-        warnings.warn(
-            f"awq cannot rescale what these layers of {kind} read: {names}{more}; "
-            "they are rounded as they are",
-            stacklevel=3,
-        )

@@ -24,6 +24,18 @@ const watch = (model, names, f) => {
   return () => events.forEach(event => model.off(event, f));
 };
 
+// Round half to even, as torch does.
+const even = x => {
+  const low = Math.floor(x), rest = x - low;
+  return rest > 0.5 || (rest === 0.5 && low % 2) ? low + 1 : low;
+};
+
+// The float16 nearest to a positive number; scales are stored so.
+const half = x => {
+  const step = 2 ** (Math.max(Math.floor(Math.log2(x)), -14) - 10);
+  return Math.max(even(x / step), 1) * step;
+};
+
 const assign = (model, name, value) => {
   model.set(name, value);
   model.save_changes();

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +16,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import browser as tools
 
+ROOT = Path(__file__).resolve().parents[2]
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>:root {{ color-scheme: light dark }} body {{ margin: 1rem }}</style>"""
+# The size in pixels of the smallest text of a widget.
+TEXT = """() => Math.min(...[...document.querySelectorAll('.bw *')].filter(e => e.textContent)
+    .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
+
+
+@contextlib.contextmanager
+def widget_page(folder: Path, title: str, state: dict, names: str) -> Iterator[str]:
+    """The address of a page with nothing but one widget, of these traits, and the site's loader."""
+    loader = (ROOT / "site_static/js/anywidget-lite.js").read_text(encoding="utf-8")
+    own = {name: state[name] for name in ("_esm", "_css", *names.split())}
+    kind = "application/vnd.jupyter.widget"
+    parts = [
+        f"<script>{loader}</script></head><body><main><h1>{title}</h1>",
+        f'<script type="{kind}-state+json">{json.dumps({"state": {"w": {"state": own}}})}</script>',
+        f'<script type="{kind}-view+json">{{"model_id": "w"}}</script></main></body></html>',
+    ]
+    (folder / "widget.html").write_text("".join([HEAD.format(title=title), *parts]), "utf-8")
+    with tools.serve(folder) as home:
+        yield f"{home}/widget.html"
 
 
 @dataclass

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
-import browser as tools
 import numpy as np
 import pytest
-from conftest import DESKTOP, PHONE
+from conftest import DESKTOP, PHONE, TEXT, widget_page
 
 from qlib.ggml import FORMATS
 from qlib.widgets.block import Block
-
-ROOT = Path(__file__).resolve().parents[2]
-HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Block</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>:root { color-scheme: light dark } body { margin: 1rem }</style>"""
 
 
 def block() -> np.ndarray:
@@ -28,20 +20,9 @@ def block() -> np.ndarray:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """A page with nothing but the widget and the site's own loader."""
-    folder = tmp_path_factory.mktemp("block")
-    loader = (ROOT / "site_static/js/anywidget-lite.js").read_text(encoding="utf-8")
-    state = Block(block(), at=170).get_state()
-    names = ("_esm", "_css", "stored", "bytes", "at")
-    data = {"state": {"w": {"state": {name: state[name] for name in names}}}}
-    kind = "application/vnd.jupyter.widget"
-    parts = [
-        f"<script>{loader}</script></head><body><main><h1>Block</h1>",
-        f'<script type="{kind}-state+json">{json.dumps(data)}</script>',
-        f'<script type="{kind}-view+json">{{"model_id": "w"}}</script></main></body></html>',
-    ]
-    (folder / "block.html").write_text("".join([HEAD, *parts]), encoding="utf-8")
-    with tools.serve(folder) as home:
-        yield f"{home}/block.html"
+    folder, state = tmp_path_factory.mktemp("block"), Block(block(), at=170).get_state()
+    with widget_page(folder, "Block", state, "stored bytes at") as found:
+        yield found
 
 
 def changed(page) -> int:
@@ -101,8 +82,6 @@ def test_a_flipped_bit_reaches_its_weights_and_reset_takes_it_back(visit, addres
 
 SMALL = """() => [...document.querySelectorAll('.bw button, .bw input, .bw svg')]
     .map(e => e.getBoundingClientRect()).filter(b => Math.min(b.width, b.height) < 24).length"""
-TEXT = """() => Math.min(...[...document.querySelectorAll('.bw *')].filter(e => e.textContent)
-    .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

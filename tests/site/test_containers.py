@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
-import browser as tools
 import pytest
-from conftest import DESKTOP, PHONE
+from conftest import DESKTOP, PHONE, TEXT, widget_page
 from test_widget_containers import K, ours, weight
 
 from qlib.widgets.containers import KINDS, Containers
 
-ROOT = Path(__file__).resolve().parents[2]
 STATE = Containers(weight(), 2, 37).get_state()
-HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Containers</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>:root { color-scheme: light dark } body { margin: 1rem }</style>"""
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """A page with nothing but the widget and the site's own loader."""
     folder = tmp_path_factory.mktemp("containers")
-    loader = (ROOT / "site_static/js/anywidget-lite.js").read_text(encoding="utf-8")
-    names = ("_esm", "_css", "shape", "containers", "chosen", "at")
-    data = {"state": {"w": {"state": {name: STATE[name] for name in names}}}}
-    kind = "application/vnd.jupyter.widget"
-    parts = [
-        f"<script>{loader}</script></head><body><main><h1>Containers</h1>",
-        f'<script type="{kind}-state+json">{json.dumps(data)}</script>',
-        f'<script type="{kind}-view+json">{{"model_id": "w"}}</script></main></body></html>',
-    ]
-    (folder / "containers.html").write_text("".join([HEAD, *parts]), encoding="utf-8")
-    with tools.serve(folder) as home:
-        yield f"{home}/containers.html"
+    with widget_page(folder, "Containers", STATE, "shape containers chosen at") as found:
+        yield found
 
 
 def said(page) -> list[str]:
@@ -143,8 +126,6 @@ def test_the_picture_chooses(visit, address):
 
 SMALL = """() => [...document.querySelectorAll('.bw button, .bw input')]
     .map(e => e.getBoundingClientRect()).filter(b => Math.min(b.width, b.height) < 24).length"""
-TEXT = """() => Math.min(...[...document.querySelectorAll('.bw *')].filter(e => e.textContent)
-    .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import browser as tools
 import pytest
-from conftest import DESKTOP, PHONE
+from conftest import DESKTOP, PHONE, TEXT, widget_page
 from test_widget_label import DECODE, NAMES, STATE, changed, library
 
 from qlib.widgets.label import EXAMPLES
-
-ROOT = Path(__file__).resolve().parents[2]
-HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Label</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>:root { color-scheme: light dark } body { margin: 1rem }</style>"""
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """A page with nothing but the widget and the site's own loader."""
-    folder = tmp_path_factory.mktemp("label")
-    loader = (ROOT / "site_static/js/anywidget-lite.js").read_text(encoding="utf-8")
-    names = ("_esm", "_css", "grammar", "examples", "text", "billions")
-    data = {"state": {"w": {"state": {name: STATE[name] for name in names}}}}
-    kind = "application/vnd.jupyter.widget"
-    parts = [
-        f"<script>{loader}</script></head><body><main><h1>Label</h1>",
-        f'<script type="{kind}-state+json">{json.dumps(data)}</script>',
-        f'<script type="{kind}-view+json">{{"model_id": "w"}}</script></main></body></html>',
-    ]
-    (folder / "label.html").write_text("".join([HEAD, *parts]), encoding="utf-8")
-    with tools.serve(folder) as home:
-        yield f"{home}/label.html"
+    folder = tmp_path_factory.mktemp("decode")
+    with widget_page(folder, "Label", STATE, "grammar examples text billions") as found:
+        yield found
 
 
 MODULE = """async ({ source, given }) => {
@@ -167,8 +148,6 @@ def test_strange_texts_do_no_harm(visit, address, text):
 
 SMALL = """() => [...document.querySelectorAll('.bw button, .bw input')]
     .map(e => e.getBoundingClientRect()).filter(b => Math.min(b.width, b.height) < 24).length"""
-TEXT = """() => Math.min(...[...document.querySelectorAll('.bw *')].filter(e => e.textContent)
-    .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
 LONG = f"mlx-community/{'x' * 200}-MXFP4-Q8"
 
 
