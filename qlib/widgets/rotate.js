@@ -70,6 +70,8 @@ function render({ model, el }) {
   const pictures = ["Original token", "Rotated token"].map((name, k) => chart({
     height: 130, alt: () => `${name}: ${count} channels, ${says(pair[k])}`, draw: (width, height) => bars(pair[k], grid(), width, height),
   }));
+  // A picture has a name before it has a width and is drawn.
+  pictures.forEach(({ element }, k) => element.setAttribute("aria-label", k ? "Rotated token" : "Original token"));
   const buttons = get("presets").map(({ label, ...preset }) => ({ preset, button: h("button", { type: "button", onclick: () => {
     model.set(preset);
     model.save_changes();
