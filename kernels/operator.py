@@ -5,27 +5,35 @@ The compiler sees tensors, a name and a shape; what the name stands for is regis
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qlib.qtensor import Format, QTensor
+from qlib.qtensor import QTensor
 
 from . import dequantize, dispatch
 
-_NAMES: dict[Format, str] = {}
-_FORMATS: dict[str, Format] = {}
+_NAMES: dict[Hashable, str] = {}
+_NAMED: dict[str, Hashable] = {}
 
 
-def name_of(format: Format) -> str:
-    """The name by which `matmul` knows a format in this process."""
-    if format not in _NAMES:
-        name = f"{format} ({len(_NAMES)})"
-        _NAMES[format], _FORMATS[name] = name, format
-    return _NAMES[format]
+def name_of(what: Hashable) -> str:
+    """The name by which operators know a format or a layer's `Inputs` in this process."""
+    if what not in _NAMES:
+        name = f"{what} ({len(_NAMES)})"
+        _NAMES[what], _NAMED[name] = name, what
+    return _NAMES[what]
+
+
+def named(name: str) -> Any:
+    """What has this name from `name_of`."""
+    return _NAMED[name]
 
 
 def _weight(parts: list[Tensor], name: str, shape: list[int]) -> QTensor:
-    format, shape = _FORMATS[name], tuple(shape)
+    format, shape = named(name), tuple(shape)
     return QTensor(format, shape, dict(zip(format.layout(shape), parts, strict=True)))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .kernels import activations
 from .kernels.dispatch import Product
+from .kernels.operator import named
 from .presets import format as named_format
 from .qtensor import Format, QTensor
 from .scheme import Scheme, checked
@@ -29,7 +30,10 @@ NOT_FINITE = (
 
 
 class Inputs(Protocol):
-    """How a layer quantizes what it reads. Dynamic and Static are two; LLM.int8() is another."""
+    """How a layer quantizes what it reads. Dynamic and Static are two; LLM.int8() is another.
+
+    Those that need no calibration inherit what they say of it.
+    """
 
     def rounded(self, x: Rows) -> Rows:
         """The values that the layer computes with instead of `x`, in the dtype of `x`."""
@@ -40,13 +44,15 @@ class Inputs(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether inputs can be quantized without having seen calibration text."""
+        return True
 
     def observed(self, low: float, high: float) -> Inputs:
         """The same after calibration has seen inputs between `low` and `high`."""
+        return self
 
 
 @dataclass(frozen=True)
-class Dynamic:
+class Dynamic(Inputs):
     """Inputs in `format`, with the scales that every call finds for itself.
 
     >>> Dynamic(named_format("int8-row")).rounded(torch.tensor([[1.0, -2.0], [0.01, 0.0]]))
@@ -69,20 +75,15 @@ class Dynamic:
         return activations.quantize(x, self.format)
 
     def rounded(self, x: Rows) -> Rows:
-        return self.quantize(x).dequantize().to(x.dtype)
+        return self.quantize(x).dequantize().to(x.dtype) if x.numel() else x.clone()
 
     def product(self, x: Rows, weight: Product) -> Float[Tensor, "rows out"]:
+        if not x.numel():
+            return weight(x)
         q = self.quantize(x)
         if activations.multiplies_codes(q, weight.q):
             return activations.product(q, weight.q, x.dtype)
         return weight(q.dequantize().to(x.dtype))
-
-    @property
-    def is_ready(self) -> bool:
-        return True
-
-    def observed(self, low: float, high: float) -> Inputs:
-        return self
 
     def __str__(self) -> str:
         return f"{self.format}, dynamic"
@@ -96,6 +97,7 @@ class Static(Dynamic):
 
     Args:
         low, high: the range that the scale was made for; None until calibration has seen one.
+        scale: the scale itself, as it is stored, where a file has it; None makes it from the range.
 
     >>> static = Static(named_format("int8-tensor")).observed(-1.0, 1.0)
     >>> static.rounded(torch.tensor([[0.5, -3.0]]))
@@ -104,6 +106,7 @@ class Static(Dynamic):
 
     low: float | None = None
     high: float | None = None
+    scale: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.format, Scheme) or _of_tensor(self.format) is None:
@@ -116,10 +119,13 @@ class Static(Dynamic):
         scheme, x = self.format, checked(x)
         if scheme.block == "tensor":
             parts = scheme.store(*scheme.fit_blocks(x.new_tensor([[self.low, self.high]])))
+            if self.scale is not None:
+                parts["scale"].fill_(self.scale)
         else:
             # NVFP4: blocks find their own scales, in units of the one of the tensor.
             largest = max(-self.low, self.high) / scheme.grid.max
-            scales = Static(scheme.scale, 0.0, largest).quantize(scheme.fit_blocks(x)[0])
+            whole = Static(scheme.scale, 0.0, largest, self.scale)
+            scales = whole.quantize(scheme.fit_blocks(x)[0])
             parts = {f"scale.{name}": part for name, part in scales.parts.items()}
         read = (s if s is None else s.expand(len(x), -1) for s in scheme.read(parts, x.shape))
         parts["codes"] = scheme.pack(scheme.round(x, *read), x.shape)
@@ -132,7 +138,7 @@ class Static(Dynamic):
         return self.low is not None
 
     def observed(self, low: float, high: float) -> Inputs:
-        return replace(self, low=low, high=high)
+        return replace(self, low=low, high=high, scale=None)
 
     def __str__(self) -> str:
         ends = f", {self.low:.4g} to {self.high:.4g}" if self.is_ready else ""
@@ -149,7 +155,8 @@ def _of_tensor(scheme: Scheme) -> Scheme | None:
 def inputs(name: str | Format | Inputs | None) -> Inputs | None:
     """The inputs called `name`: a format of `qlib.formats()`, dynamic unless "-static" follows.
 
-    Raises ValueError for names that no format has, and for static formats of several scales.
+    Raises ValueError for names that no format has, and for static formats of several scales,
+    TypeError for what is none of these.
 
     >>> str(inputs("int8-tensor-static"))
     'int8, block tensor, absmax, scale float16, static'
@@ -157,19 +164,11 @@ def inputs(name: str | Format | Inputs | None) -> Inputs | None:
     if isinstance(name, str):
         format = named_format(name.removesuffix(STATIC))
         return Static(format) if name.endswith(STATIC) else Dynamic(format)
-    return Dynamic(name) if hasattr(name, "layout") else name
-
-
-_NAMES: dict[Inputs, str] = {}
-_INPUTS: dict[str, Inputs] = {}
-
-
-def name_of(inputs: Inputs) -> str:
-    """The name by which `rounded` knows inputs in this process."""
-    if inputs not in _NAMES:
-        name = f"{inputs} ({len(_NAMES)})"
-        _NAMES[inputs], _INPUTS[name] = name, inputs
-    return _NAMES[inputs]
+    if hasattr(name, "layout"):
+        return Dynamic(name)
+    if name is not None and not hasattr(name, "rounded"):
+        raise TypeError(f"activations must be a name, a format or Inputs, got {name!r}")
+    return name
 
 
 @torch.library.custom_op("qlib::rounded", mutates_args=())
@@ -179,16 +178,17 @@ def rounded(x: Tensor, name: str) -> Tensor:
     The gradient passes the rounding as if it were not there (straight through).
 
     Args:
-        name: from `name_of`.
+        name: from `kernels.operator.name_of`.
     """
     if not x.numel():
-        return x.clone()
-    return _INPUTS[name].rounded(x.detach().reshape(-1, x.shape[-1])).view(x.shape)
+        return x.new_empty(x.shape)
+    return named(name).rounded(x.detach().reshape(-1, x.shape[-1])).view(x.shape)
 
 
 @rounded.register_fake
 def _(x: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x)
+    # Whatever the strides of x are.
+    return x.new_empty(x.shape)
 
 
 rounded.register_autograd(lambda ctx, gradient: (gradient, None))

@@ -1,8 +1,9 @@
-"""The one error that every file reader raises."""
+"""What many files raise: the error of every file reader, and one for what is no model."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # A hostile file may choose the names that end up in a message.
 LONGEST = 120
@@ -31,3 +32,11 @@ class FormatError(ValueError):
         field = self.field if len(self.field) <= LONGEST else self.field[:LONGEST] + "..."
         where = "" if self.offset is None else f" at byte {self.offset}"
         return f"{os.fspath(self.path)}: field {field!r}{where}: {self.message}"
+
+
+def require_model(model: Any) -> None:
+    """Raise TypeError, with the remedy, unless `model` is a model."""
+    if not hasattr(model, "parameters"):
+        pair = isinstance(model, tuple) and hasattr(model[0], "parameters")
+        got = "pair (model, tokenizer): pass its first part" if pair else type(model).__name__
+        raise TypeError(f"need a model, got a {got}")

@@ -59,6 +59,23 @@ def minmax(
     return scale, low - grid.min * scale
 
 
+def own_range(
+    blocks: Blocks, grid: Grid, importance: Blocks | None = None
+) -> tuple[Scales, Scales | None]:
+    """The range from the smallest to the largest weight spans the grid, whether or not it holds 0.
+
+    KIVI (arXiv 2402.02750, section 2.1): scale = (max - min) / (2^bits - 1), offset = min. A
+    channel of keys far from zero loses nothing to its distance, which `minmax` would pay.
+
+    >>> from qlib.grid import GRIDS
+    >>> own_range(torch.tensor([[5.0, 6.0, 8.0]]), GRIDS["uint2"])
+    (tensor([1.]), tensor([5.]))
+    """
+    low, high = blocks.aminmax(dim=1)
+    scale = (high - low) / (grid.max - grid.min)
+    return scale, low - grid.min * scale
+
+
 def mse(
     blocks: Blocks, grid: Grid, importance: Blocks | None = None
 ) -> tuple[Scales, Scales | None]:

@@ -51,12 +51,14 @@ class Grid:
         return f"Grid({self.name}, {len(self.points)} codes)"
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Grid) and torch.equal(
-            self.points.nan_to_num(nan=1e30), other.points.nan_to_num(nan=1e30)
-        )
+        if self is other:
+            return True
+        # The name counts too: with another one, the points of a standard grid are stored.
+        same = isinstance(other, Grid) and self.name == other.name
+        return same and torch.equal(*(g.points.nan_to_num(nan=1e30) for g in (self, other)))
 
     def __hash__(self) -> int:
-        return hash((len(self.points), self.min, self.max))
+        return hash((self.name, len(self.points), self.min, self.max))
 
     @property
     def bits(self) -> int:

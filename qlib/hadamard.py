@@ -75,6 +75,8 @@ def hadamard(
     >>> hadamard(torch.tensor([0.0, 0.0, 8.0, 0.0]))
     tensor([ 4.,  4., -4., -4.])
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"hadamard: x is {x!r}, not a tensor; hadamard_matrix(n) gives a matrix")
     if not x.is_floating_point():
         raise ValueError(f"hadamard: x is {x.dtype}, not floating point: convert it")
     n = x.shape[-1] if x.ndim else 0
@@ -162,18 +164,21 @@ def base_matrix(n: int) -> Float[Tensor, "m m"]:
 
     Raises ValueError as `hadamard_matrix`.
     """
-    power = n & -n
-    m = n // max(power, 1)
-    while 0 < m <= n:
+    if n < 1:
+        raise ValueError(f"a Hadamard matrix has a size of 1 or more, got {n}")
+    power, m = n & -n, n // (n & -n)
+    while m <= n:
         # It outlives the context of its first caller.
         with torch.device("cpu"), torch.inference_mode(False):
             matrix = _construct(m)
         if matrix is not None:
             return matrix.float()
         m *= 2
-    message = f"no construction of a Hadamard matrix of size {n} is known here"
-    remedy = f"multiply blocks of {power}, the largest power of two that divides it"
-    raise ValueError(f"{message}: {remedy if power > 1 else 'pad the rows to an even size'}")
+    # A wider row has a base of at most 128; blocks of less than 32 hardly spread an outlier.
+    step = max(4, 1 << n.bit_length() >> 5)
+    blocks = f"multiply blocks of {power}, the largest power of two that divides it, or "
+    remedy = f"{blocks if power >= 32 else ''}pad the rows to {n - n % step + step}"
+    raise ValueError(f"no construction of a Hadamard matrix of size {n} is known here: {remedy}")
 
 
 def _construct(m: int) -> Tensor | None:

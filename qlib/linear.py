@@ -5,8 +5,6 @@ What it reads may be moved to another basis first, and quantized as well.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,17 +12,15 @@ from torch import Tensor, nn
 from .qtensor import QTensor
 
 try:
-    from .activations import Inputs, name_of, rounded
+    from .activations import Inputs, rounded
     from .kernels import operator
     from .kernels.dequantize import input_gradient
     from .kernels.dispatch import Product
+    from .transform import Buffers, Transform
 except ImportError as error:
     # In a checkout the folder kernels/ lies beside qlib/, and only an installation joins the two.
     message = "qlib.kernels is missing: install the checkout with `pip install -e .` (make does so)"
     raise ImportError(message) from error
-
-if TYPE_CHECKING:
-    from .transform import Transform
 
 
 class _Differentiable(torch.autograd.Function):
@@ -55,7 +51,8 @@ class _Reading:
 
     @inputs.setter
     def inputs(self, inputs: Inputs | None) -> None:
-        self._inputs, self._rounding = inputs, None if inputs is None else name_of(inputs)
+        name = None if inputs is None else operator.name_of(inputs)
+        self._inputs, self._rounding = inputs, name
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -63,7 +60,7 @@ class _Reading:
         self.inputs = self._inputs
 
 
-class QLinear(_Reading, nn.Module):
+class QLinear(_Reading, Buffers):
     """`x @ weight.T + bias` with a quantized weight, differentiable in `x`.
 
     The parts of the weight are buffers, so they move between devices with the module; unlike
@@ -114,15 +111,14 @@ class QLinear(_Reading, nn.Module):
 
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product of the quantized inputs and the weight, without transform and bias."""
-        if self.inputs is None or not x.numel():
+        if self.inputs is None:
             return self._ready()(x)
         rows = x.reshape(-1, x.shape[-1])
-        return self.inputs.product(rows, self._ready()).view(*x.shape[:-1], -1)
+        return self.inputs.product(rows, self._ready()).view(*x.shape[:-1], self.out_features)
 
     def _ready(self) -> Product:
         """The product with the weight that the buffers hold now."""
-        buffers = [getattr(self, name) for name in self._names.values()]
-        now = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
+        now = [(b.data_ptr(), b._version) for b in self._buffers.values()]
         if now != self._product_of:
             self._product, self._product_of = Product(self.weight), now
         return self._product
@@ -138,16 +134,6 @@ class QLinear(_Reading, nn.Module):
     def extra_repr(self) -> str:
         size = f"{self.in_features}, {self.out_features}, {self.format}"
         return size if self.inputs is None else f"{size}, inputs {self.inputs}"
-
-    def _apply(self, fn, recurse: bool = True):
-        dtypes = {name: getattr(self, name).dtype for name in self._names.values()}
-        before = {name: getattr(self, name) for name in self._names.values()}
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, before[name].to(moved.device))
-        return self
 
 
 class DenseLinear(_Reading, nn.Linear):

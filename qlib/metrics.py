@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .errors import require_model
 from .progress import bar
 from .protocol import Protocol
 
@@ -209,6 +210,7 @@ def _halves(model: nn.Module):
 
     Raises ValueError for models whose logits are not a linear head applied to their last states.
     """
+    require_model(model)
     weight = next(model.parameters())
     if hasattr(model, "hidden"):
         body, head = model.hidden, model.head

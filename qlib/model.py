@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qlib.cache import Cache, DenseCache, attention
+from qlib.cache import Cache, DenseCache, KVFormat, QuantizedCache, attention
 from qlib.config import Config
 
 Tokens = Int[Tensor, "batch time"]
@@ -186,19 +186,19 @@ class Decoder(nn.Module):
         max_new_tokens: int,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
-        cache: Cache | None = None,
+        cache: Cache | KVFormat | str | None = None,
     ) -> Int[Tensor, "batch longer"]:
         """Append up to ``max_new_tokens`` tokens; stop when every row's newest is an end token.
 
         Temperature 0 takes the likeliest token; above 0 it samples softmax(logits / temperature).
-        The tokens continue what a ``cache`` holds; without one, keys and values are kept in full.
+        The tokens continue what a ``cache`` holds; a format, or its name, starts one that is empty.
+        Without any, keys and values are kept in full.
         """
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers [batch, length], got {list(tokens.shape)}")
         ends = () if self.config.eos_token_id is None else self.config.eos_token_id
         ends = torch.tensor(ends, dtype=tokens.dtype, device=tokens.device).reshape(-1)
-        cache = DenseCache() if cache is None else cache
-        new = tokens
+        cache, new = _cache(cache), tokens
         for _ in range(max_new_tokens):
             logits = self.head(self.hidden(new, cache)[:, -1])
             new = _choose(logits, temperature, generator)
@@ -206,6 +206,16 @@ class Decoder(nn.Module):
             if torch.isin(new, ends).all():
                 break
         return tokens
+
+
+def _cache(given: Cache | KVFormat | str | None) -> Cache:
+    if isinstance(given, str | KVFormat):
+        return QuantizedCache(given)
+    # A class that was not called has a length, too, but not a number.
+    if given is not None and not isinstance(getattr(given, "length", None), int):
+        need = "a cache such as QuantizedCache('int4'), a KVFormat or a name of one"
+        raise TypeError(f"cache must be {need}, got {type(given).__name__}")
+    return DenseCache() if given is None else given
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

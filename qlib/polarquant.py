@@ -18,7 +18,7 @@ level. Rows that are not whole blocks are lengthened by zeros before the rotatio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .pack import pack, packed_bytes, unpack
-from .qtensor import QTensor
+from .qtensor import Format, QTensor
 from .scheme import checked
 from .sphere import angle_grid, check_rotation, check_width, matrix_shape, rotate
 from .storage import Layout, store
@@ -38,7 +38,7 @@ NAMED = {"polar": (4, 2, 2, 2), "polar3": (3, 2, 2, 3, 2), "polar2": (2, 1, 1, 1
 
 
 @dataclass(frozen=True)
-class PolarQuant:
+class PolarQuant(Format):
     """Blocks of 2^len(bits) rotated coordinates as one radius and a tree of angles.
 
     Args:
@@ -58,13 +58,16 @@ class PolarQuant:
     radius: torch.dtype = torch.float16
 
     def __post_init__(self):
+        if not isinstance(self.bits, Iterable):
+            need = "bits are those of each level, such as (4, 2, 2, 2)"
+            raise ValueError(f"{need}; got {self.bits!r}")
         object.__setattr__(self, "bits", tuple(self.bits))
         known = all(type(bits) is int and 1 <= bits <= 8 for bits in self.bits)
         if not known or not 1 <= len(self.bits) <= MAX_LEVELS:
             need = f"1 to {MAX_LEVELS} levels of 1 to 8 bits"
             raise ValueError(f"PolarQuant has {need}, got {self.bits}")
         if self.radius not in (torch.float16, torch.float32):
-            raise ValueError(f"radii are stored as float16 or float32, got {self.radius}")
+            raise ValueError(f"radii are stored as float16 or float32, got {self.radius!r}")
         check_rotation(self.rotation, self.seed)
 
     def __str__(self) -> str:
@@ -74,15 +77,7 @@ class PolarQuant:
     def quantize(
         self, weight: Float[Tensor, "*shape"], importance: Tensor | None = None
     ) -> QTensor:
-        """Quantize every row, the vectors along the last axis, on its own.
-
-        Args:
-            weight: floating point, [tokens, head_dim] for a cache.
-            importance: not used: the levels depend on no data.
-
-        Raises ValueError for empty, non-floating or non-finite weights, for rows wider than 8192
-        and for radii that overflow their storage.
-        """
+        """Quantize every row on its own, with the arguments and errors of `TurboQuant.quantize`."""
         rows, width = matrix_shape(weight.shape)
         x = checked(weight).reshape(rows, width)
         x = torch.nn.functional.pad(x, (0, self._padded(width) - width))
@@ -116,10 +111,6 @@ class PolarQuant:
         for name, bits, run in zip(self._names(), self.bits, self._runs()):
             parts[name] = (torch.uint8, (rows, packed_bytes(padded // (2 * run), 2**bits)))
         return parts
-
-    def nbytes(self, shape) -> int:
-        """Bytes that rows of `shape` will take, known before they are touched."""
-        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.layout(shape).values())
 
     def _names(self) -> list[str]:
         return [f"angles{level}" for level in range(1, len(self.bits) + 1)]

@@ -122,6 +122,10 @@ EXAMPLES += ["mxfp4-mse", "mxfp8_e4m3-rceil", "nvfp4-4over6", "nvfp4-mse-recipro
 EXAMPLES += ["fp8_e4m3-tensor", "nf3", "nf4-g128-dq", "lloyd4", "lloyd2-g128", "mlx4", "mlx3-g32"]
 
 
+# What a message says last. A recipe is of a whole model: weights and activations.
+WHERE = "qlib.formats() lists the names, qlib.recipes() those for models"
+
+
 def format(name: str) -> Format:
     """The format called `name`: one of these patterns, or another name in `qlib.formats()`.
 
@@ -156,7 +160,7 @@ def format(name: str) -> Format:
             return make(*match.groups())
     near = difflib.get_close_matches(name.lower(), formats(), n=3, cutoff=0.3)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise ValueError(f"unknown format {name!r}: {hint}qlib.formats() lists the names")
+    raise ValueError(f"unknown format {name!r}: {hint}{WHERE}")
 
 
 def formats() -> list[str]:
@@ -182,8 +186,8 @@ def quantize(
     (5.0, -1.0)
     """
     if not isinstance(weight, Tensor):
-        kind = type(weight).__name__
-        raise TypeError(f"weight is a {kind}; quantize takes a torch.Tensor (torch.from_numpy)")
+        takes = "quantize takes a torch.Tensor (torch.from_numpy), quantize_model a model"
+        raise TypeError(f"weight is a {type(weight).__name__}; {takes}")
     chosen = _lookup(format) if isinstance(format, str) else format
     if not hasattr(chosen, "quantize"):
         raise TypeError(f"format is {chosen!r}; give a name such as 'int4-g128', or a Scheme")

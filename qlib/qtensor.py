@@ -22,6 +22,10 @@ class Format(Protocol):
     def layout(self, shape: tuple[int, ...]) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """dtype and shape of every stored tensor."""
 
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight of `shape` will take, known before it is touched."""
+        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.layout(shape).values())
+
 
 @dataclass(frozen=True, eq=False)
 class QTensor:

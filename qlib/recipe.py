@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from .metrics import proxy_loss, snr_db
 from .progress import bar
 from .qtensor import Format, QTensor
 from .report import BlockResult, LayerResult, Plan, Report, Step, bytes_by_kind
-from .rules import Recipe
+from .rules import Recipe, called
 from .structure import decoder_blocks, decoder_linears
 
 UNREACHED = ("refuse", "keep", "rtn")
@@ -111,8 +112,7 @@ def quantize_model(
     data = _calibration(calibration, chosen, planned)
     report = Report(planned, chosen.name, "none" if data is None else str(data))
     start = time.perf_counter()
-    settings = [chosen.name, original_inputs, unreached]
-    settings += sorted(planned.activations)
+    settings = [chosen.name, _arguments(chosen), original_inputs, unreached]
     finished = resume and Resume(resume, fingerprint(model, planned, data, settings))
     blocks = calibrated_blocks(model, data, original_inputs=original_inputs, targets=chosen.targets)
     for block in bar(blocks, "quantizing", "block", progress, len(decoder_blocks(model)[1])):
@@ -158,7 +158,16 @@ def _observed(block: Block, result: BlockResult, unreached: str) -> dict[str, In
             # A range that nothing was seen of would be empty: these inputs stay as they are.
             chosen.pop(name, None)
             result.unreached += {_full(block, name)} - set(result.unreached)
+    for name, inputs in chosen.items():
+        if not inputs.is_ready and stats[name].ends == (0.0, 0.0):
+            what = "reads only zeros in calibration, so static inputs round all others to 0"
+            warnings.warn(f"{_full(block, name)} {what}: give it dynamic ones", stacklevel=3)
     return {name: inputs.observed(*stats[name].ends) for name, inputs in chosen.items()}
+
+
+def _arguments(method: Method) -> str:
+    # A function is known by the method's name; what was given to it beforehand is not.
+    return called(method.function) if isinstance(method.function, partial) else ""
 
 
 def _full(block: Block, name: str) -> str:
@@ -235,7 +244,7 @@ def _together(formats: dict[str, Format], stats: dict[str, Stats]) -> list[list[
     for name, format in formats.items():
         columns = len(stats[name].amax)
         alone = any(size[0] != 2 for _, size in format.layout((2, columns)).values())
-        key = (id(stats[name]), id(format) if alone else str(format), name if alone else "")
+        key = (id(stats[name]), id(format) if alone else format, name if alone else "")
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .activations import Inputs, inputs
 from .methods import METHODS, Method, llm_int8
@@ -13,6 +14,8 @@ from .presets import format as named_format
 from .qtensor import Format
 
 Rules = tuple[tuple[str, object], ...]
+# What to call for methods that rotate a model before another one rounds it.
+ROTATIONS = {"quarot": "rotate", "rotate": "rotate", "spinquant": "spinquant"}
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,8 @@ class Recipe:
 
     Args:
         format: name or object for layers that no rule matches; None leaves weights as they are.
-        rules: (pattern, format or None) pairs; the first shell-style pattern that matches a layer's
-            name decides, and None leaves the layer's weight as it is.
-        method: a name in `qlib.methods.METHODS`, a Method, or a function (weight, format) ->
-            QTensor.
+        rules: (pattern, format) pairs; the first shell-style pattern that matches a name decides.
+        method: a name in `qlib.methods.METHODS`, a Method, or a function of (weight, format).
         activations: what layers that no rule matches do to their inputs: a format name (every call
             finds its own scales), one that ends in "-static", an Inputs object, or None.
         activation_rules: (pattern, activations) pairs, as `rules`.
@@ -32,8 +33,6 @@ class Recipe:
     >>> recipe = Recipe("int4-g128", rules=(("*.down_proj", "int6-g64"), ("*.0.*", None)))
     >>> recipe.choose("model.layers.5.mlp.down_proj").block
     64
-    >>> str(Recipe("int8-row", activations="int8-row").choose_inputs("any"))
-    'int8, block row, absmax, scale float16, dynamic'
     """
 
     format: str | Format | None
@@ -47,13 +46,14 @@ class Recipe:
             rules = getattr(self, name)
             if not all(isinstance(rule, tuple) and len(rule) == 2 for rule in rules):
                 raise ValueError(f"{name} are (pattern, format) pairs in a tuple, got {rules!r}")
+        for chosen in (self.activations, *(chosen for _, chosen in self.activation_rules)):
+            inputs(chosen)
 
     @classmethod
     def of(cls, recipe: str | Format | Recipe) -> Recipe:
         """A recipe by its name in RECIPES, or the one that gives every layer one format."""
-        if isinstance(recipe, str) and recipe in RECIPES:
-            return RECIPES[recipe]
-        return recipe if isinstance(recipe, Recipe) else cls(recipe)
+        found = RECIPES.get(recipe, recipe) if isinstance(recipe, str) else recipe
+        return found if isinstance(found, Recipe) else cls(found)
 
     def named(self, layer: str) -> str | Format | None:
         """What the recipe calls the format of the layer called `layer`."""
@@ -77,11 +77,22 @@ class Recipe:
         if isinstance(self.method, Method):
             return self.method
         if callable(self.method):
-            return Method(getattr(self.method, "__qualname__", "function"), self.method)
+            return Method(called(self.method), self.method)
+        if self.method in ROTATIONS:
+            call = f"call qlib.methods.{ROTATIONS[self.method]}(model, ...) first, then quantize it"
+            raise ValueError(f"{self.method!r} rotates a model: {call} with method=...")
         if self.method not in METHODS:
             near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)
             raise ValueError(f"unknown method {self.method!r}: did you mean {near[0]!r}?")
         return METHODS[self.method]
+
+
+def called(value: object) -> str:
+    """How a function, or an argument of a partial one, is written: "gptq(damping=0.1)"."""
+    if isinstance(value, partial):
+        settings = [f"{name}={called(one)}" for name, one in value.keywords.items()]
+        return f"{called(value.func)}({', '.join([*map(called, value.args), *settings])})"
+    return getattr(value, "__qualname__", "function" if callable(value) else repr(value))
 
 
 def _first(rules: Rules, layer: str, otherwise):
@@ -105,9 +116,5 @@ RECIPES = {
 
 
 def recipes() -> list[str]:
-    """The names of recipes, which `quantize_model` takes for a format: weights and activations.
-
-    >>> recipes()[:3]
-    ['w8a8', 'w8a8-static', 'fp8']
-    """
+    """The names of recipes, which `quantize_model` takes for a format: weights and activations."""
     return list(RECIPES)

@@ -22,7 +22,7 @@ from .double import DoubleQuant
 from .fit import Fit
 from .grid import GRIDS, Grid
 from .pack import pack, pack_trits, packed_bytes, unpack, unpack_trits
-from .qtensor import QTensor
+from .qtensor import Format, QTensor
 from .storage import Divisor, Layout, describe, layout, read, store
 
 __all__ = ["Divisor", "Layout", "Scheme", "Storage", "check_finite", "checked", "checked_kind"]
@@ -34,7 +34,7 @@ CHUNK_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Scheme(Format):
     """A storage format: which values exist, which weights share a scale, how the scale is kept.
 
     Args:
@@ -231,10 +231,6 @@ class Scheme:
         if not self.is_standard:
             parts["grid"] = (torch.float32, tuple(self.grid.points.shape))
         return parts
-
-    def nbytes(self, shape) -> int:
-        """Bytes that a weight of `shape` will take, known before it is touched."""
-        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.layout(shape).values())
 
     @property
     def is_standard(self) -> bool:

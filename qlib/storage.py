@@ -71,7 +71,8 @@ def _divisors(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _overflow(name: str, values: Tensor, storage: str, remedy: str) -> ValueError:
     worst = values.abs().max().item()
-    return ValueError(f"a {name} of {worst:.3g} overflows {storage}; store it as {remedy}")
+    what = f"an {name}" if name == "offset" else f"a {name}"
+    return ValueError(f"{what} of {worst:.3g} overflows {storage}; store it as {remedy}")
 
 
 def read(name: str, parts: Mapping[str, Tensor], storage: Any, shape) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .errors import require_model
 from .linear import QLinear
 
 
@@ -14,6 +15,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     inside a block), so any Hugging Face causal LM works.
     Raises ValueError if there is no such list, or if all of its layers are quantized already.
     """
+    require_model(model)
     lists = {
         name: module
         for name, module in model.named_modules()

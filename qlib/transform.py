@@ -25,12 +25,35 @@ from .reordered import is_permutation
 ORTHOGONAL = 1e-4
 
 
-class Transform(nn.Module):
-    """A change of basis of `size` channels; its tensors are buffers, which move and are saved.
+class Buffers(nn.Module):
+    """A module whose buffers move with it but keep their dtype, and which gradients may use."""
 
-    Args:
-        size: of the last axis of what `input` and `weight` are given.
-    """
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        self._leave_inference()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._leave_inference()
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():
+            if moved is not None and moved.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(moved.device)
+        self._leave_inference()
+        return self
+
+    def _leave_inference(self) -> None:
+        """Tensors of inference mode do not count their versions, and autograd refuses them."""
+        made_there = [n for n, b in self._buffers.items() if b is not None and b.is_inference()]
+        with torch.inference_mode(False):
+            self._buffers.update({name: self._buffers[name].clone() for name in made_there})
+
+
+class Transform(Buffers):
+    """A change of basis of `size` channels, of which a subclass has the `_input` and `_weight`."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -56,12 +79,6 @@ class Transform(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.size)
-
-    def _input(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _weight(self, w: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _checked(self, x: Tensor, what: str) -> Tensor:
         got = x.shape[-1] if x.ndim else 0

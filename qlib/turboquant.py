@@ -31,14 +31,14 @@ from torch import Tensor
 
 from .grid import Grid
 from .pack import pack, packed_bytes, unpack
-from .qtensor import QTensor
+from .qtensor import Format, QTensor
 from .scheme import checked
 from .sphere import check_rotation, check_width, coordinate_grid, gaussian, matrix_shape, rotate
 from .storage import Layout, store
 
 
 @dataclass(frozen=True)
-class TurboQuant:
+class TurboQuant(Format):
     """Rows as a length and the rotated direction, each coordinate on the same 2^bits levels.
 
     Args:
@@ -69,7 +69,7 @@ class TurboQuant:
         if type(self.qjl) is not bool:
             raise ValueError(f"qjl is True or False, got {self.qjl!r}")
         if self.norm not in (torch.float16, torch.float32):
-            raise ValueError(f"norms are stored as float16 or float32, got {self.norm}")
+            raise ValueError(f"norms are stored as float16 or float32, got {self.norm!r}")
         check_rotation(self.rotation, self.seed)
 
     def __str__(self) -> str:
@@ -129,10 +129,6 @@ class TurboQuant:
             parts["residual"] = (self.norm, (rows, 1))
             parts["signs"] = (torch.uint8, (rows, packed_bytes(width, 2)))
         return parts
-
-    def nbytes(self, shape) -> int:
-        """Bytes that rows of `shape` will take, known before they are touched."""
-        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.layout(shape).values())
 
     def _grid(self, width: int) -> Grid | None:
         levels = self.bits - self.qjl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import numpy as np
 import pytest
@@ -183,6 +184,31 @@ def test_no_rows_and_one_row():
         assert own(torch.empty(2, 0, 64)).shape == (2, 0, 24)
         x = randn(4, 64)
         torch.testing.assert_close(own(x[1]), own(x)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8-row", "int8-tensor-static", "mxfp4", "nvfp4-static"])
+def test_no_rows_have_no_codes(name, dtype, shape):
+    x, one = torch.empty(shape, dtype=dtype), ready(name)
+    found = one.rounded(x)
+    assert found.shape == shape
+    assert found.dtype == dtype
+    if shape[1]:
+        y = one.product(x, Product(qlib.quantize(randn(24, 64), "int8-row")))
+        assert y.shape == (0, 24)
+        assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("given", [3, 8.0, ["int8-row"], object])
+def test_what_is_no_kind_of_activations_is_refused(given):
+    message = f"activations must be a name, a format or Inputs, got {given!r}"
+    for call in (inputs, lambda given: qlib.Recipe(None, activations=given)):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            call(given)
+    assert inputs(None) is None
+    one = inputs("int8-row")
+    assert inputs(one) is one
 
 
 def test_values_that_are_not_finite_are_refused():

@@ -13,6 +13,7 @@ import qlib
 from qlib.cache import DenseCache, QuantizedCache, attention, through_cache
 from qlib.cache.format import KVFormat
 from qlib.cache.names import kv_format
+from qlib.cache.store import rotated
 from qlib.config import Config
 from qlib.model import Decoder
 
@@ -103,7 +104,7 @@ def test_rotation_alone_does_not_change_the_logits(rotate, dtype, bound):
 
 def test_a_rotation_that_is_not_undone_is_noticed(monkeypatch):
     model, tokens = decoder(torch.float64), some_tokens(40)
-    monkeypatch.setattr("qlib.cache._rotated", lambda x, back=False: x if back else x.flip(-1))
+    monkeypatch.setattr("qlib.cache.rotated", lambda x, back=False: x if back else rotated(x))
     cache = QuantizedCache(KVFormat(rotate="keys+values", dtype=None))
     assert (through(model, tokens, cache, 7) - model(tokens)).abs().max() > 1e-2
 
@@ -208,8 +209,8 @@ def test_divergence_reads_packed_tokens(monkeypatch):
     model = tiny_decoder()
     protocol = qlib.Protocol("random", some_tokens(60, 1)[0], context=32, stride=32, bos=0)
     before = qlib.divergence(model, through_cache(model, "int8", 5), protocol).kl
-    read = qlib.cache.store.Packed.read
-    monkeypatch.setattr("qlib.cache.store.Packed.read", lambda self: read(self) * 1.5)
+    read = qlib.cache.packed.Packed.read
+    monkeypatch.setattr("qlib.cache.packed.Packed.read", lambda self: read(self) * 1.5)
     assert qlib.divergence(model, through_cache(model, "int8", 5), protocol).kl > 10 * before
 
 
@@ -221,6 +222,104 @@ def test_bad_requests():
     message = re.escape("layer 1: keys [2, 2, 4, 32] hold ") + r"16 NaN or infinite values$"
     with pytest.raises(ValueError, match=message):
         model(tokens, QuantizedCache("int4"))
+    plain, heads = torch.ones(2, 64, 64), torch.ones(1, 2, 64, 64)
+    for k, v, what in ((plain, plain, "keys"), (heads, plain, "values")):
+        message = f"layer 0: {what} must be [batch, heads, tokens, head_dim], got [2, 64, 64]"
+        for call in ("update", "attend"):
+            pair = (k, v) if call == "update" else (heads, k, v)
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                getattr(QuantizedCache("int4-hadamard"), call)(*pair, layer=0)
     head_dim_24 = torch.ones(1, 1, 1, 24)
     with pytest.raises(ValueError, match=r"^layer 0: keys: "):
         QuantizedCache("q8_0").update(head_dim_24, head_dim_24, 0)
+
+
+def new_tokens(time: int, groups: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(1, heads, time, 64, generator=generator) for heads in (4, groups, groups)
+    )
+
+
+REFUSED = ["int4", "int4-w5-s3", "f16", "fp8", "turbo4-w8", "kivi4-w32"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_refused_pair_leaves_the_cache_as_it_was(name, tokens):
+    """Keys that could be stored are not, where their values cannot."""
+    cache, other = QuantizedCache(name), QuantizedCache(name)
+    for one in (cache, other):
+        one.attend(*new_tokens(8), layer=0)
+    q, k, v = new_tokens(tokens, seed=1)
+    for bad in (k, v):
+        bad[0, 1, -1, 3], was = torch.nan, bad[0, 1, -1, 3].item()
+        for refused in (lambda: cache.attend(q, k, v, 0), lambda: cache.update(k, v, 0)):
+            with pytest.raises(ValueError, match=r"hold 1 NaN or infinite values$"):
+                refused()
+        bad[0, 1, -1, 3] = was
+    assert [len(store) for store in cache.stores[0]] == [8, 8]
+    assert torch.equal(cache.attend(q, k, v, 0), other.attend(q, k, v, 0))
+    # Keys that came alone would have made a difference.
+    other.stores[0][0].append(other.stores[0][0].rounded(k))
+    assert [len(store) for store in other.stores[0]] == [8 + 2 * tokens, 8 + tokens]
+
+
+@pytest.mark.parametrize("name", ["int4", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 64), (1, 1, 3, 64), (2, 2, 3, 64)])
+def test_keys_and_values_that_do_not_belong_together(name, shape):
+    cache, k, v = QuantizedCache(name), torch.ones(1, 2, 3, 64), torch.ones(shape)
+    for given in ((k, v), (v, k)):
+        found = f"keys {list(given[0].shape)} and values {list(given[1].shape)}"
+        message = f"layer 4: {found} differ in batch, heads or tokens"
+        for call in ("update", "attend"):
+            pair = given if call == "update" else (torch.ones(1, 4, 3, 64), *given)
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                getattr(cache, call)(*pair, layer=4)
+    assert (cache.length, cache.nbytes, cache.bytes_per_token) == (0, 0, 0)
+    # What was refused does not say what the first tokens are like; values may have another width.
+    cache.attend(torch.ones(1, 3, 5, 64), torch.ones(1, 3, 5, 64), torch.ones(1, 3, 5, 32), 4)
+    assert cache.length == 5
+
+
+def test_every_refusal_names_the_layer():
+    wide = replace(kv_format("int4"), dtype=torch.float32)
+    none = "no construction of a Hadamard matrix of size 188 is known here: pad the rows to 192"
+    for form, x, problem in (
+        ("turbo4", torch.full((1, 2, 1, 64), 3e4), "a norm of 2.4e+05 overflows float16"),
+        (wide, torch.full((1, 2, 1, 64), 1e5), "an offset of 1e+05 overflows float16"),
+        ("int4-hadamard", torch.ones(1, 2, 1, 188), none),
+    ):
+        for call in ("update", "attend"):
+            pair = (x, x) if call == "update" else (x, x, x)
+            with pytest.raises(ValueError, match=f"^layer 7: keys: {re.escape(problem)}"):
+                getattr(QuantizedCache(form), call)(*pair, layer=7)
+    with pytest.raises(ValueError, match=r"^layer 7: values: a norm of 2.4e\+05 overflows"):
+        QuantizedCache("turbo4").update(torch.ones(1, 2, 1, 64), torch.full((1, 2, 1, 64), 3e4), 7)
+
+
+@pytest.mark.parametrize("name", ["f32", "int8-w32", "int8-hadamard-kv"])
+def test_a_gradient_flows_to_the_queries_of_every_step(name):
+    q, k, v = new_tokens(8)
+    cache, q = QuantizedCache(replace(kv_format(name), dtype=torch.float32)), q.requires_grad_()
+    parts = zip(*(x.split(2, dim=2) for x in (q, k, v)), strict=True)
+    y = torch.cat([cache.attend(*part, layer=0) for part in parts], dim=2)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    (found,) = torch.autograd.grad((y * weight).sum(), q)
+    (expected,) = torch.autograd.grad((attention(q, k, v) * weight).sum(), q)
+    bound = {"f32": 1e-5, "int8-w32": 1e-5}.get(name, 1e-2)
+    assert (found - expected).norm() < bound * expected.norm()
+    assert (found - expected.flip(2)).norm() > 0.5 * expected.norm()
+
+
+def test_what_update_returns_is_not_the_cache():
+    _, k, v = new_tokens(8)
+    cache = DenseCache()
+    for x in cache.update(k, v, 0):
+        x.zero_()
+    found = cache.update(k[:, :, :1], v[:, :, :1], 0)
+    assert all(torch.equal(x[:, :, :8], y) for x, y in zip(found, (k, v), strict=True))
+    # Where text is generated nothing is copied.
+    with torch.no_grad():
+        keys = cache.update(k, v, 0)[0]
+    assert keys.data_ptr() == cache.stores[0][0].recent.view.data_ptr() != found[0].data_ptr()

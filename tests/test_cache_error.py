@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,3 +127,25 @@ def test_layers_are_listed_from_the_first(model, tokens):
     before, after = (attention_error(m, "int2", tokens) for m in (model, loud))
     assert after[0] == before[0]
     assert after[1] != pytest.approx(before[1], 1e-2)
+
+
+def test_squares_are_added_up_on_the_cpu(monkeypatch):
+    """Wherever the model is: here on a device that has shapes and no numbers."""
+    x = torch.ones(1, 2, 6, 32, device="meta")
+    on_cpu = torch.Tensor.cpu
+    as_ones = {"meta": lambda x: torch.ones(x.shape, dtype=x.dtype), "cpu": on_cpu}
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: as_ones[x.device.type](x))
+    both = Compared(KVFormat(dtype=None))
+    both.attend(x, x, x, 0)
+    both.attend(x, x, x, 0)
+    assert both._squares[0].tolist() == [2, 2]
+    assert both.errors == [1]
+
+
+def test_bad_requests(model, tokens):
+    with pytest.raises(ValueError, match=r"^chunk must be a positive number of tokens, got 0$"):
+        attention_error(model, "int4", tokens, chunk=0)
+    for shape in ([1, 0], [0, 5]):
+        message = f"an error of attention needs tokens, got {shape}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            attention_error(model, "int4", tokens[:0].new_zeros(shape))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from tiny_models import VOCAB, huggingface
@@ -102,3 +105,27 @@ def test_reset_and_selection():
     logits = model(prompts(time=20), past_key_values=cache).logits
     again = model(prompts(time=20), past_key_values=HFCache("kivi4-g8-w16")).logits
     assert torch.equal(logits, again)
+
+
+def saved_and_loaded(cache: HFCache) -> HFCache:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_copy_is_a_cache_of_its_own(copied, filled):
+    model, cache, tokens = huggingface("Llama"), HFCache("kivi4-g8-w16"), prompts(time=40)
+    whole = HFCache("kivi4-g8-w16")
+    if filled:
+        for one in (cache, whole):
+            model(tokens[:, :21], past_key_values=one)
+    other, rest = copied(cache), tokens[:, 21:]
+    expected = model(rest, past_key_values=whole).logits
+    for one in (other, cache):
+        assert one.get_seq_length() == 21 * filled
+        assert torch.equal(model(rest, past_key_values=one).logits, expected)
+        assert one.own.length == one.get_seq_length() == 21 * filled + 19
+        assert all(layer.own is one.own for layer in one.layers)
+    assert not torch.equal(model(rest, past_key_values=other).logits, expected)

@@ -231,11 +231,15 @@ def test_rows_are_written_one_by_one(tmp_path, monkeypatch):
     assert tool.read() == {"rows": []}
     rows = [
         {"model": model, "cache": "f16", "context": context, "kl": kl}
-        for model, context, kl in [("a", 256, 1.0), ("a", 512, 2.0), ("b", 256, 3.0)]
+        for model, context, kl in [
+            ("bpw-small", 256, 1.0),
+            ("smollm2-135m", 256, 2.0),
+            ("smollm2-135m", 2048, 3.0),
+        ]
     ]
-    for row in rows:
+    for row in reversed(rows):
         tool.write(row)
     assert tool.read()["rows"] == rows
     # A row measured again replaces the old one, and only that.
-    tool.write(rows[0] | {"kl": 4})
-    assert tool.read()["rows"] == [*rows[1:], rows[0] | {"kl": 4}]
+    tool.write(rows[1] | {"kl": 4})
+    assert tool.read()["rows"] == [rows[0], rows[1] | {"kl": 4}, rows[2]]

@@ -112,9 +112,11 @@ def test_other_models_are_not_saved_but_told_how(tmp_path):
 def test_what_is_no_tensor_and_no_format_is_named():
     with pytest.raises(TypeError) as caught:
         qlib.quantize([1.0], "int4")
-    assert str(caught.value) == (
-        "weight is a list; quantize takes a torch.Tensor (torch.from_numpy)"
-    )
+    takes = "quantize takes a torch.Tensor (torch.from_numpy), quantize_model a model"
+    assert str(caught.value) == f"weight is a list; {takes}"
+    with pytest.raises(TypeError) as caught:
+        qlib.quantize(torch.nn.Linear(2, 2), "int4")
+    assert str(caught.value) == f"weight is a Linear; {takes}"
     with pytest.raises(TypeError) as caught:
         qlib.quantize(torch.ones(2, 2), 4)
     assert str(caught.value) == "format is 4; give a name such as 'int4-g128', or a Scheme"

@@ -381,7 +381,7 @@ KNOWN = "known are 'smollm2-135m', 'bpw-small', folders, and .gguf files"
 REFUSED = {
     "plan bpw-smal --format int4": f"unknown model 'bpw-smal': did you mean 'bpw-small'? {KNOWN}",
     "plan bpw-small --format int4-128": "unknown format 'int4-128': did you mean int4-g128, int8, "
-    "nf4-g128-dq? qlib.formats() lists the names",
+    "nf4-g128-dq? qlib.formats() lists the names, qlib.recipes() those for models",
     "plan bpw-small --format int4 --activations int8-row-static": "int8, block row, absmax, scale "
     "float16 has scales for parts of the tensor; static inputs have one, as int8-tensor does",
     "plan bpw-small --format int4 --method gtpq": "unknown method 'gtpq': did you mean 'gptq'?",

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ import qlib
 from qlib import fit
 from qlib.activations import Dynamic, Static, inputs
 from qlib.errors import FormatError
-from qlib.files import bnb, ct_inputs, quantized
+from qlib.files import bnb, ct_inputs, quantized, resume
 from qlib.files.inspect import inspect_file
 from qlib.grid import Grid
 from qlib.linear import DenseLinear, QLinear, replace_layer
 from qlib.methods.llm_int8 import LLMInt8
+from qlib.recipe import plan
 from qlib.transform import Diagonal, Hadamard, Orthogonal, Permute
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -200,6 +202,46 @@ def test_an_interrupted_run_keeps_ranges(tmp_path):
         qlib.quantize_model(tiny_decoder(), "w8a8", progress=False, resume=tmp_path)
 
 
+def fingerprint_of(*chosen, format="int8-row") -> str:
+    """That of a run in which layer Q gets the first of `chosen` for its inputs, UP the other."""
+    rules = tuple(zip((Q, UP), chosen))
+    planned = plan(decoder(), qlib.Recipe(format, activation_rules=rules))
+    return resume.fingerprint(decoder(), planned, None, ["rtn"])
+
+
+def test_every_layer_of_a_run_counts():
+    rows, blocks = "int8-row", "int8-g32"
+    first = fingerprint_of(rows, blocks)
+    assert first == fingerprint_of(rows, blocks)
+    assert first != fingerprint_of(blocks, rows)
+    assert first != fingerprint_of(rows, None)
+
+
+def test_no_two_inputs_of_a_run_are_taken_for_one():
+    """Ranges and thresholds that print alike, a range that is yet to be found, and one of zeros."""
+    whole = inputs("int8-tensor-static")
+    alike = [
+        *(whole.observed(-1.0, 1.0), whole.observed(-1.0, 1.00001)),
+        *(whole, whole.observed(0.0, 0.0), inputs("int8-tensor")),
+        *(LLMInt8(6.0), LLMInt8(6.0000001), LLMInt8(math.inf), None),
+    ]
+    assert str(alike[0]) == str(alike[1])
+    found = [fingerprint_of(one) for one in alike]
+    assert len(set(found)) == len(alike)
+    assert found == [fingerprint_of(one) for one in alike]
+
+
+def test_points_of_a_learned_grid_count():
+    def learned(*points: float):
+        return qlib.Scheme(Grid("own", torch.tensor(points)), "row", fit.absmax)
+
+    first = fingerprint_of(format=learned(-1.0, 0.0, 0.5, 1.0))
+    assert first == fingerprint_of(format=learned(-1.0, 0.0, 0.5, 1.0))
+    assert first != fingerprint_of(format=learned(-1.0, 0.0, 0.25, 1.0))
+    with raises("qlib's container stores no inputs on a learned grid"):
+        fingerprint_of(Dynamic(learned(-1.0, 0.0, 0.5, 1.0)))
+
+
 PAIRS = [
     ("int8-row", "int8-row"), ("int8-row", "int8-tensor-static"), ("int4-g32", "int8-row"),
     ("fp8_e4m3", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3-tensor-static"), ("mxfp4", "mxfp4"),
@@ -305,9 +347,41 @@ def test_inputs_of_other_tools_stay_as_they_are(tmp_path):
     assert set(read(back).values()) == {None}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("weights", "chosen", "part"), [
+    ("nvfp4-reciprocal", "nvfp4-reciprocal-static", "input_global_scale"),
+    ("fp8_e4m3", "fp8_e4m3-tensor-static", "input_scale"),
+])  # fmt: skip
+def test_scales_that_other_tools_found_are_kept(tmp_path, weights, chosen, part, dtype):
+    """A scale is amax / 448 or 2688 / amax, rounded: no range of float32 need have it."""
+    from compressed_tensors.quantization.utils import generate_gparam
+
+    qlib.save(with_inputs(weights, chosen), tmp_path, small_tokenizer(), CT)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = [name for name in tensors if name.endswith(part)]
+    amax = randn(len(names), seed=5).abs().to(dtype)
+    for name, one in zip(names, amax):
+        whole = generate_gparam(-one, one).float()
+        tensors[name] = whole if part == "input_global_scale" else 1 / (448 / one.float())[None]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model, _ = qlib.load(tmp_path)
+    qlib.save(model, tmp_path / "again", small_tokenizer(), CT)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert len(names) == 14
+    assert all(torch.equal(again[name], tensors[name]) for name in names)
+    qlib.save(model, tmp_path / "own")
+    kept = read(qlib.load(tmp_path / "own")[0])
+    assert kept == read(model)
+    # Without what was kept, some scales would be others.
+    bare = [replace(one, scale=None) for one in kept.values()]
+    found = torch.cat([ct_inputs.store(one)[part] for one in bare])
+    assert not torch.equal(found, torch.cat([ct_inputs.store(x)[part] for x in kept.values()]))
+
+
 @pytest.mark.parametrize(("part", "change", "message"), [
     ("input_scale", lambda t: t * 0, "is 0.0; need a positive number"),
     ("input_scale", lambda t: t * torch.nan, "is nan; need a positive number"),
+    ("input_scale", lambda t: t.float() * 0 + 2.0**127, f"is {2.0**127}, the scale of no range"),
     ("input_scale", lambda t: t.expand(2),
      "is F16 [2]; a weight [64, 64] needs F16 or BF16 or F32 [1]"),
     ("input_scale", None, "this tensor is missing"),

@@ -428,13 +428,15 @@ def test_names_lead_to_their_grids():
     assert repr(grid.E2M1) == "Grid(e2m1, 16 codes)"
 
 
-def test_equal_grids_have_equal_points():
-    assert Grid("a", NF4.points) == NF4
+def test_equal_grids_have_equal_names_and_points():
+    assert Grid("a", NF4.points) != NF4
+    assert Grid("a", NF4.points) == Grid("a", NF4.points.clone())
+    assert Grid("nf4", NF4.points.clone()) == NF4
     assert Grid("nf4", NF4.points.flip(0)) != NF4
     assert grid.FP8_E4M3.grid == grid.E4M3
     assert grid.E4M3 != grid.E5M2
     assert NF4 != "nf4"
-    assert len({Grid("a", NF4.points), NF4, grid.E4M3, grid.FP8_E4M3.grid}) == 2
+    assert len({Grid("nf4", NF4.points), NF4, grid.E4M3, grid.FP8_E4M3.grid}) == 2
 
 
 @pytest.mark.parametrize("levels", [grid.E2M1, int_grid(4), NF4, grid.E8M0], ids=str)

@@ -222,11 +222,17 @@ def test_an_outlier_and_what_is_no_number():
 @pytest.mark.parametrize(
     ("n", "remedy"),
     [
-        (6, "multiply blocks of 2, the largest power of two that divides it"),
-        (668, "multiply blocks of 4, the largest power of two that divides it"),
-        (188, "multiply blocks of 4, the largest power of two that divides it"),
-        (15, "pad the rows to an even size"),
-        (0, "pad the rows to an even size"),
+        (6, "pad the rows to 8"),
+        (7, "pad the rows to 8"),
+        (10, "pad the rows to 12"),
+        (15, "pad the rows to 16"),
+        (188, "pad the rows to 192"),
+        (668, "pad the rows to 672"),
+        (
+            13696,
+            "multiply blocks of 128, the largest power of two that divides it, or pad the rows to "
+            "13824",
+        ),
     ],
 )
 def test_sizes_that_are_not_known(n, remedy):
@@ -234,6 +240,33 @@ def test_sizes_that_are_not_known(n, remedy):
     for call in (lambda: hadamard_matrix(n), lambda: hadamard(torch.zeros(2, n))):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             call()
+
+
+def test_a_padded_row_has_a_small_base():
+    refused = 0
+    for n in range(3, 600):
+        try:
+            base_matrix(n)
+        except ValueError as error:
+            refused += 1
+            wider = int(re.search(r"pad the rows to (\d+)$", str(error))[1])
+            assert n < wider <= max(n + 4, n * 17 / 16)
+            assert len(base_matrix(wider)) <= 128
+    # Of four sizes three are no multiple of 4.
+    assert refused > 0.75 * 597
+
+
+@pytest.mark.parametrize("n", [0, -4])
+def test_sizes_that_are_no_sizes(n):
+    message = f"a Hadamard matrix has a size of 1 or more, got {n}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        hadamard_matrix(n)
+
+
+def test_a_size_is_no_row():
+    message = "hadamard: x is 12, not a tensor; hadamard_matrix(n) gives a matrix"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        hadamard(12)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from product_errors import budget, error, flip, quantized, randn
 
 import qlib
 from qlib import fit, kernels
-from qlib.grid import Grid
+from qlib.activations import inputs
+from qlib.grid import GRIDS, Grid
 from qlib.kernels import dequantize, dispatch, operator
 from qlib.linear import QLinear
 from qlib.qtensor import QTensor
@@ -257,6 +258,74 @@ def test_a_layer_sees_that_its_weight_changed():
     layer.load_state_dict(other.state_dict())
     torch.testing.assert_close(layer(x), 2 * first)
     assert torch.equal(copied(x), first)
+
+
+@pytest.mark.parametrize("name", ["ternary", "nvfp4", "int4-g32-asym"])
+def test_a_layer_of_inference_mode_sees_that_its_weight_changed(name):
+    """What is made in inference mode does not count its versions."""
+    x = randn(1, 256)
+    with torch.inference_mode():
+        other = QLinear(qlib.quantize(randn(24, 256, seed=7), name))
+        for made in (lambda layer: layer, copy.deepcopy, QLinear.half):
+            layer = made(QLinear(quantized((24, 256), name)))
+            first = layer(x)
+            layer.load_state_dict(other.state_dict())
+            assert torch.equal(layer(x), other(x))
+            assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer, copy.deepcopy, QLinear.half, "assigned"])
+def test_a_layer_of_inference_mode_can_be_trained_through(change):
+    want = QLinear(quantized((24, 256), "nvfp4"))
+    with torch.inference_mode():
+        layer = QLinear(quantized((24, 256), "nvfp4"))
+        if change == "assigned":
+            layer.load_state_dict({k: v.clone() for k, v in want.state_dict().items()}, assign=True)
+        else:
+            layer = change(layer)
+    x, y = (randn(2, 256).requires_grad_() for _ in range(2))
+    layer(x).square().sum().backward()
+    want(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    assert x.grad.abs().sum() > 0
+    assert not any(buffer.is_inference() for buffer in layer.buffers())
+
+
+def test_a_grid_with_the_points_of_another_is_another():
+    """The formats differ in what they store, so nothing may take the one for the other."""
+    x, w = randn(1, 64), randn(4, 64)
+    points = GRIDS["int4"].points.clone()
+    standard, mine = (Scheme(g, 64, fit.absmax) for g in (GRIDS["int4"], Grid("mine", points)))
+    assert standard != mine
+    assert [list(s.layout((4, 64))) for s in (standard, mine)] == [
+        ["codes", "scale"],
+        ["codes", "scale", "grid"],
+    ]
+    layers = [QLinear(s.quantize(w)) for s in (standard, mine)]
+    for layer in layers:
+        want = x @ layer.weight.dequantize().T
+        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    assert torch.equal(*(layer.weight.dequantize() for layer in layers))
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (3, 8, 64), (0, 64), (1, 64)])
+def test_operators_promise_the_strides_that_they_return(shape):
+    rows = randn(*shape)
+    q, rounding = quantized((24, 64), "int4-g32-asym"), operator.name_of(inputs("int8-row"))
+    # The same numbers with the first and last axis exchanged in memory, and with gaps.
+    for x in (rows, rows.mT.contiguous().mT, torch.cat([rows, rows], -1)[..., ::2]):
+        weight = (list(q.parts.values()), operator.name_of(q.format), [24, 64])
+        calls = {
+            torch.ops.qlib.rounded.default: (x, rounding),
+            torch.ops.qlib.matmul.default: (x, *weight),
+            torch.ops.qlib.hadamard.default: (x, torch.ones(64), False),
+        }
+        for call, arguments in calls.items():
+            torch.library.opcheck(call, arguments)
+            assert call(*arguments).is_contiguous()
 
 
 EXTRA = "a weight of [64, 128] has the parts ['codes', 'scale'], got ['codes', 'grid', 'scale']"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +23,20 @@ import qlib
 from qlib import fit
 from qlib.ggml.block import BlockFormat, GgmlType
 from qlib.grid import GRIDS, Grid
-from qlib.kernels.cpu import ggml, integer8, nibbles, product, simd, ternary, threads
+from qlib.hadamard import base_matrix
+from qlib.hadamard import hadamard as transform
+from qlib.kernels.cpu import (
+    ggml,
+    hadamard,
+    integer8,
+    native,
+    nibbles,
+    product,
+    simd,
+    ternary,
+    threads,
+)
+from qlib.linear import QLinear
 from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
@@ -228,9 +243,15 @@ def test_threads_share_the_rows(openmp, monkeypatch):
     assert counts.tolist() == [16, 17, 17]
     for _ in range(20):
         assert torch.equal(product.gemv(x, packed), alone)
+    row, factors = randn(50, 64), torch.ones(64)
+    turned = hadamard.hadamard(row, torch.ones(1, 1), factors)
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(product.gemv(x, packed), alone) else 1)
+        # A child that waits for its parent's threads must not wait forever.
+        signal.alarm(60)
+        same = torch.equal(product.gemv(x, packed), alone)
+        same &= torch.equal(hadamard.hadamard(row, torch.ones(1, 1), factors), turned)
+        os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -246,27 +267,178 @@ def test_a_thread_that_fails_says_so(openmp, monkeypatch):
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
     for count in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        with pytest.raises(MemoryError, match=r"^a thread found no memory for its rows$"):
+        message = "a compiled function failed: perhaps there is no memory left"
+        with pytest.raises(RuntimeError, match=f"^{message}$"):
             threads.by_rows(fail, (5 * (count - 1),), 10, 10)
         threads.by_rows(fail, (6,), 10, 10)
 
 
-def test_several_python_threads_may_multiply_at_once(monkeypatch):
+@pytest.mark.parametrize("openmp", OPENMP, ids=["pool", "openmp"])
+def test_several_python_threads_may_multiply_at_once(openmp, monkeypatch):
+    """Each has a team of its own, and layers and inputs that are not the others'."""
+    monkeypatch.setattr(threads, "_openmp", lambda: openmp)
+    layers = [QLinear(quantized((64, 128), name)) for name in ("int4-g32", "nf4", "int8", "int4")]
+    inputs = [randn(16, 128, seed=i) for i in range(4)]
+
+    def results(i: int) -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = layers[i](inputs[i][:1]), layers[i](inputs[i])
+        return [*found, transform(inputs[i])]
+
+    want, before = [results(i) for i in range(4)], torch.get_num_threads()
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    q = quantized((64, 128), "nf4")
-    x, packed = randn(1, 128), nibbles.packed(q)
-    want, wrong = product.gemv(x, packed), []
+    wrong, rounds = [], []
 
-    def again() -> None:
-        wrong.extend(1 for _ in range(50) if not torch.equal(product.gemv(x, packed), want))
+    def again(i: int) -> None:
+        # The number is that of the calling thread.
+        torch.set_num_threads(2)
+        for _ in range(30):
+            rounds.append(i)
+            wrong.extend(i for a, b in zip(results(i), want[i]) if (a - b).abs().max() > 1e-4)
 
-    callers = [threading.Thread(target=again) for _ in range(4)]
+    callers = [threading.Thread(target=again, args=(i,)) for i in range(4)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
+    torch.set_num_threads(before)
     assert not wrong
+    assert sorted(rounds) == sorted(30 * [0, 1, 2, 3])
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(results(0)[2:], want[1][2:]))
+
+
+def test_the_default_device_and_dtype_are_nobodys_business():
+    """In a process of its own: what reads another device's memory as the processor's dies."""
+    code = """
+import torch, qlib
+from product_errors import quantized, randn
+from qlib.activations import inputs
+from qlib.cache import QuantizedCache
+from qlib.hadamard import hadamard
+from qlib.kernels.cpu import product, ternary
+from qlib.linear import QLinear
+
+def results():
+    found = []
+    for name, q in weights.items():
+        layer = QLinear(q, inputs=inputs("int8-row") if name == "int8-row" else None)
+        with torch.device(device):
+            found += [layer(x[:1]), layer(x)]
+    with torch.device(device):
+        packed = ternary.packed(ragged)
+        found += [rung(x[:, :250], packed) for rung in (product.gemv, ternary.additions)]
+        found.append(hadamard(x))
+    cache, k = QuantizedCache("int4"), x.view(1, 20, 4, 64).transpose(1, 2)
+    cache.attend(k, k, k, layer=0)
+    with torch.device(device):
+        found.append(cache.attend(k[:, :, :1], k[:, :, :1], k[:, :, :1], layer=0))
+    return found
+
+names = ("int4-g32", "nf4", "nf4-dq", "nvfp4", "int8", "ternary", "q4_k", "int8-row")
+weights = {name: quantized((256, 256), name) for name in names}
+ragged = quantized((256, 250), "ternary")
+x, device = randn(20, 256), "cpu"
+want = results()
+device = "meta"
+for dtype in (torch.float32, torch.float64):
+    torch.set_default_dtype(dtype)
+    found = results()
+    assert all(a.dtype == torch.float32 and a.device.type == "cpu" for a in found)
+    assert all(map(torch.equal, found, want))
+assert (found[0] - want[2]).abs().max() > 1e-2
+"""
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_machine_code_takes_only_memory_of_the_cpu():
+    message = "^machine code reads the CPU's memory, not meta's$"
+    with pytest.raises(ValueError, match=message):
+        native.words(torch.zeros(2), torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match=message):
+        threads.by_rows(note, (torch.zeros(3, 3, device="meta"), np.float32(1), None), 3, 3)
+    with pytest.raises(ValueError, match=message):
+        hadamard.hadamard(torch.zeros(2, 64), torch.ones(1, 1), torch.ones(64, device="meta"))
+
+
+def test_a_view_of_negated_numbers_is_read_as_what_it_means():
+    x = randn(3, 64)
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    packed = nibbles.packed(quantized((4, 64), "int4-g32"))
+    for f in (
+        lambda x: product.gemv(x, packed),
+        lambda x: product.gemm(x, packed),
+        lambda x: hadamard.hadamard(x, torch.ones(1, 1), torch.ones(64)),
+    ):
+        assert torch.equal(f(negated), f(-x))
+        assert not torch.equal(f(negated), f(x))
+
+
+@pytest.mark.parametrize("rung", [*RUNGS, ternary.additions])
+def test_activations_that_are_no_floats_of_the_cpu_are_refused(rung):
+    packed = ternary.packed(quantized((4, 64), "ternary"))
+    for x, found in (
+        (torch.zeros(2, 64, dtype=torch.int32), "torch.int32 on cpu"),
+        (torch.zeros(2, 64, device="meta"), "torch.float32 on meta"),
+        (torch.zeros(2, 64, dtype=torch.complex64), "torch.complex64 on cpu"),
+    ):
+        message = f"product: x is {found}, need floating point on the CPU"
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            rung(x, packed)
+    assert rung(torch.zeros(0, 64), packed).shape == (0, 4)
+    x = randn(3, 128, dtype=torch.float64)[:, ::2]
+    want = x @ quantized((4, 64), "ternary").dequantize().double().T
+    assert (rung(x, packed) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, names[0]) for m, names in FORMATS.items()])
+def test_a_weight_with_other_tensors_is_refused(module, name):
+    """Compiled code would read behind their ends."""
+    q, kernel = quantized((4, 256), name), module.__name__.rpartition(".")[2]
+    for part, stored in q.parts.items():
+        for wrong in (stored[:2, :-1], stored.float(), None):
+            parts = {k: v for k, v in {**q.parts, part: wrong}.items() if v is not None}
+            if wrong is not None and (wrong.dtype, wrong.shape) == (stored.dtype, stored.shape):
+                continue
+            with pytest.raises(ValueError, match=rf"^{kernel}: q of \[4, 256\] has {{.*}}, need "):
+                module.packed(QTensor(q.format, q.shape, parts))
+    other = quantized((4, 256), "fp8_e4m3")
+    with pytest.raises(ValueError, match=f"^{kernel}: {re.escape(module.why_not(other))}$"):
+        module.packed(other)
+
+
+def test_additions_are_for_ternary_weights():
+    packed = ggml.packed(quantized((4, 256), "q8_0"))
+    with pytest.raises(ValueError, match=r"^additions: the weights are not ternary$"):
+        ternary.additions(randn(1, 256), packed)
+
+
+def test_the_transform_takes_only_rows_and_a_square_base():
+    ones = torch.ones
+    for x, base, found in (
+        (torch.zeros(2, 64, 64), ones(1, 1), "torch.float32 [2, 64, 64], base is [1, 1]"),
+        (torch.zeros(4, 256), ones(4, 6400), "torch.float32 [4, 256], base is [4, 6400]"),
+        (torch.zeros(64), ones(1, 1), "torch.float32 [64], base is [1, 1]"),
+        (torch.zeros(2, 64), ones(()), "torch.float32 [2, 64], base is []"),
+        (torch.zeros(2, 64).int(), ones(1, 1), "torch.int32 [2, 64], base is [1, 1]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'hadamard: x is {found}')}$"):
+            hadamard.hadamard(x, base, ones(64))
+    message = "hadamard: rows of 64 are not 0 times a power of two from 16, and 64 or more"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        hadamard.hadamard(torch.zeros(2, 64), ones(0, 0), ones(64))
+    assert hadamard.hadamard(torch.zeros(0, 64), ones(1, 1), ones(64)).shape == (0, 64)
+
+
+def test_a_base_may_be_the_view_of_its_transpose():
+    base, x = base_matrix(44).float(), randn(3, 44 * 16)
+    assert not torch.equal(base, base.T)
+    found = hadamard.hadamard(x, base.T, torch.ones(704))
+    assert torch.equal(found, hadamard.hadamard(x, base.T.contiguous(), torch.ones(704)))
+    assert not torch.equal(found, hadamard.hadamard(x, base, torch.ones(704)))
 
 
 @pytest.mark.parametrize("rung", [*RUNGS, ternary.additions])

@@ -252,6 +252,73 @@ def test_kernels_refuse_what_they_cannot_take():
     assert cpu.why_not(affine(offset=None), 64) == "scale and offset are not both float16"
 
 
+def test_products_refuse_what_machine_code_would_misread():
+    """It checks no bounds: each of these was a crash, or numbers from behind the end."""
+    q, _ = matrices(affine(), 2, 16, 64)
+    x, p = torch.ones(2, 3, 64), torch.ones(2, 3, 16)
+    taken = "need torch.float32 [2, heads, "
+    for wrong in (
+        x[:1],
+        x[0],
+        x.half(),
+        x.double(),
+        x.repeat(3, 1, 1),
+    ):
+        got = f"attention: x is {wrong.dtype} {list(wrong.shape)}, {taken}64]"
+        with pytest.raises(ValueError, match=f"^{re.escape(got)}$"):
+            cpu.dot(wrong, q, 16)
+    for wrong in (p[:, :, :4], p[:1], p.double(), torch.ones(2, 3, 17)):
+        got = f"attention: x is {wrong.dtype} {list(wrong.shape)}, {taken}16]"
+        with pytest.raises(ValueError, match=f"^{re.escape(got)}$"):
+            cpu.mix(wrong, q, 16)
+    for used in (17, 2_000_000, -1):
+        message = f"attention: {used} rows are in use, q is [2, 16, 64]"
+        for call, numbers in ((cpu.dot, x), (cpu.mix, p)):
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                call(numbers, q, used)
+    with pytest.raises(ValueError, match=r"^attention: 16 rows are not whole groups of 5$"):
+        cpu.mix(torch.ones(2, 3, 5), q, 16, 5)
+    with pytest.raises(ValueError, match=r"^machine code reads the CPU's memory, not meta's$"):
+        cpu.dot(x.to("meta"), q, 16)
+
+
+@pytest.mark.parametrize("call", [cpu.dot, cpu.mix])
+def test_products_refuse_other_parts(call):
+    q, _ = matrices(affine(), 2, 16, 64)
+    x = torch.ones(2, 3, 64 if call is cpu.dot else 16)
+    for name, part in q.parts.items():
+        for wrong in (part[:1], part[:, :8].clone(), part[..., :-1].clone(), part.float(), None):
+            parts = {k: v for k, v in {**q.parts, name: wrong}.items() if v is not None}
+            with pytest.raises(ValueError, match=r"^attention: q of \[2, 16, 64\] has {"):
+                call(x, QTensor(q.format, q.shape, parts), 16)
+        parts = q.parts | {name: torch.cat([part, part], 1)[:, :16]}
+        with pytest.raises(ValueError, match=r"^attention: parts of q are not contiguous$"):
+            call(x, QTensor(q.format, q.shape, parts), 16)
+    flat = QTensor(q.format, (16, 64), {name: part[0] for name, part in q.parts.items()})
+    with pytest.raises(ValueError, match=re.escape("16 rows are in use, q is [16, 64]")):
+        call(x, flat, 16)
+    nothing = QTensor(q.format, (2, 16, 0), q.parts)
+    with pytest.raises(ValueError, match=r"^attention: rows of 0 are not whole blocks of 32, a"):
+        call(x, nothing, 16)
+
+
+def test_no_rows_in_use_and_no_heads():
+    q, _ = matrices(affine(), 2, 16, 64)
+    assert cpu.dot(torch.ones(2, 3, 64), q, 0).shape == (2, 3, 0)
+    assert torch.equal(cpu.mix(torch.ones(2, 3, 0), q, 0), torch.zeros(2, 3, 64))
+    assert cpu.dot(torch.ones(2, 0, 64), q, 16).shape == (2, 0, 16)
+    assert cpu.mix(torch.ones(2, 0, 16), q, 16).shape == (2, 0, 64)
+
+
+def test_queries_of_any_strides_and_signs():
+    q, meant = matrices(affine(), 2, 16, 64)
+    for call, n, matrix in ((cpu.dot, 64, meant.mT), (cpu.mix, 16, meant)):
+        x = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(0)).mT
+        want = x.double() @ matrix.double()
+        assert (call(x, q, 16) - want).abs().max() < 1e-4
+        assert (call(torch._neg_view(x), q, 16) + want).abs().max() < 1e-4
+
+
 def test_generated_tokens_are_equal(monkeypatch):
     model, tokenizer = qlib.load("bpw-small")
     tokens = torch.tensor([tokenizer.encode("Once upon a time")])

@@ -76,6 +76,17 @@ def test_any_strides():
     assert torch.equal(w8a8.code_product(a, b).long(), exact(a, b))
 
 
+def test_codes_of_other_kinds_are_refused():
+    x, w = codes(2, 3, 64, "random")
+    for a, b in ((x, w.view(torch.int8)), (x.float(), w), (x, w[:, :32]), (x[0], w), (x[None], w)):
+        got = f"got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+        message = f"code_product: {got}, need int8 [rows, in] and uint8 [out, in]"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            w8a8.code_product(a, b)
+    assert w8a8.code_product(x[:0], w).shape == (0, 3)
+    assert w8a8.code_product(x[:, :0], w[:, :0]).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
 def test_one_input_is_what_int_mm_gets_wrong():
     """pytorch issue 195066: why `code_product` does not ask it there."""
     x, w = codes(3, 5, 1, "random")

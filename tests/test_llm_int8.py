@@ -223,6 +223,11 @@ def test_without_outliers_nothing_is_decoded(monkeypatch):
 def test_empty_inputs():
     _, ours = layers()
     assert ours(torch.empty(2, 0, 160)).shape == (2, 0, 72)
+    x = torch.empty(0, 160, dtype=torch.float16)
+    assert LLMInt8().rounded(x).shape == (0, 160)
+    y = LLMInt8().product(x, Product(ours.weight))
+    assert y.shape == (0, 72)
+    assert LLMInt8().rounded(x).dtype is y.dtype is torch.float16
 
 
 # -- whole models ----------------------------------------------------------------------------------

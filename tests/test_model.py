@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlib.cache import DenseCache
+from qlib.cache import DenseCache, QuantizedCache, kv_format
 from qlib.model import Config, Decoder
 
 TINY = Config(
@@ -121,6 +121,23 @@ def test_greedy_generation_takes_the_argmax_of_the_full_forward():
     assert torch.equal(model.generate(tokens, 6), expected)
     assert torch.equal(model.generate(tokens, 6), expected)
     assert torch.equal(model.generate(tokens, 0), tokens)
+
+
+def test_generation_takes_a_format_for_a_cache():
+    model = random_decoder(replace(TINY, eos_token_id=None))
+    tokens = random_tokens(time=20)
+    expected = model.generate(tokens, 30, cache=QuantizedCache("int2"))
+    for given in ("int2", kv_format("int2"), "f32", None):
+        same = torch.equal(model.generate(tokens, 30, cache=given), expected)
+        assert same == (given not in ("f32", None))
+
+
+@pytest.mark.parametrize("given", [4, ["int4"], QuantizedCache])
+def test_what_is_no_cache_is_refused(given):
+    need = "a cache such as QuantizedCache('int4'), a KVFormat or a name of one"
+    with pytest.raises(TypeError) as caught:
+        random_decoder(TINY).generate(random_tokens(), 2, cache=given)
+    assert str(caught.value) == f"cache must be {need}, got {type(given).__name__}"
 
 
 def test_sampling_repeats_with_its_generator_and_varies_with_the_seed():

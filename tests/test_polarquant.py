@@ -281,12 +281,17 @@ def test_what_does_not_exist_is_refused():
         PolarQuant(())
     with raises("PolarQuant has 1 to 10 levels of 1 to 8 bits, got (4, 9)"):
         PolarQuant((4, 9))
+    for bits in (4, None, 2.5):
+        with raises(f"bits are those of each level, such as (4, 2, 2, 2); got {bits}"):
+            PolarQuant(bits)
     with raises("rotation is one of qr, hadamard, got None"):
         PolarQuant(rotation=None)
     with raises("seed is an int from 0 to 2**32 - 1, got 4294967296"):
         PolarQuant(seed=2**32)
     with raises("radii are stored as float16 or float32, got torch.bfloat16"):
         PolarQuant(radius=torch.bfloat16)
+    with raises("radii are stored as float16 or float32, got 'float16'"):
+        PolarQuant(radius="float16")
     with raises("unknown format 'polar4': PolarQuant is polar, polar3, polar2"):
         polarquant.format("polar4")
 

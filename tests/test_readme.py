@@ -47,10 +47,21 @@ def test_the_example_of_activations_runs(tmp_path, monkeypatch, capsys):
     assert {"w8a8", "w4a8", "w4a4", "fp8", "llm.int8"} <= set(qlib.recipes())
 
 
-def test_the_third_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_example_of_rotations_and_caches_runs(capsys):
     names = {"torch": torch, "qlib": qlib}
     exec(compile(example(2), "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert re.search(r"activations +uint4, block row, .*, dynamic \(21 layers\)\n", printed)
+    # In 16 bits a token of this model takes 1,536 bytes, in 3 bits 3 / 16 of that.
+    cache = names["cache"]
+    assert f"\n{cache.bytes_per_token}\n" in printed
+    assert 1536 > cache.bytes_per_token > 1536 * 3 / 16
+
+
+def test_the_example_of_adapters_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "qlib": qlib}
+    exec(compile(example(3), "README.md", "exec"), names)
     assert names["report"].bits_per_weight <= 5.0
     assert names["losses"][-1] < names["losses"][0]
     assert (tmp_path / "out/adapter" / "adapter_config.json").is_file()
@@ -58,7 +69,7 @@ def test_the_third_example_runs(tmp_path, monkeypatch):
 
 def test_the_example_of_kernels_runs(capsys):
     names = {"torch": torch, "qlib": qlib}
-    exec(compile(example(3), "README.md", "exec"), names)
+    exec(compile(example(4), "README.md", "exec"), names)
     expected = names["x"] @ names["q"].dequantize().T
     torch.testing.assert_close(names["y"], expected, rtol=1e-4, atol=1e-4)
     assert capsys.readouterr().out.startswith("cpu.nibbles.gemv, 1 row of activations\n")

@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -326,7 +328,7 @@ def test_a_folder_of_another_run_is_refused(change, tmp_path):
         )
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": 1', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": 1', "\x00", "[" * 99999])
 def test_a_broken_note_is_refused(content, tmp_path):
     quantize_model(tiny_decoder(), "int4-g16", spy({}), DATA, False, resume=tmp_path)
     (tmp_path / "model.layers.0.json").write_text(content)
@@ -377,3 +379,24 @@ def test_a_killed_process_leaves_a_folder_that_can_be_resumed(tmp_path):
     assert len(seen) == 7
     quantize_model(whole, "int4-g16", spy({}), DATA, False)
     assert stored(model) == stored(whole)
+
+
+def test_a_layer_that_reads_only_zeros_is_named_where_inputs_are_static():
+    model = tiny_decoder()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    name = "model.layers.1.mlp.down_proj reads only zeros in calibration"
+    with pytest.warns(UserWarning, match=f"^{name}") as caught:
+        qlib.quantize_model(model, "w8a8-static", calibration=DATA, progress=False)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qlib.quantize_model(tiny_decoder(), "w8a8-static", calibration=DATA)
+
+
+def test_arguments_of_a_method_are_part_of_a_run(tmp_path):
+    chosen = [Method("gptq", partial(qlib.methods.gptq, damping=d), "inputs") for d in (0.01, 0.1)]
+    quantize_model(tiny_decoder(), "int4-g16", chosen[0], DATA, False, resume=tmp_path)
+    quantize_model(tiny_decoder(), "int4-g16", chosen[0], DATA, False, resume=tmp_path)
+    with pytest.raises(ValueError, match="holds another run"):
+        quantize_model(tiny_decoder(), "int4-g16", chosen[1], DATA, False, resume=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import qlib
 from qlib.linear import QLinear
+from qlib.methods import gptq, smoothquant
 from qlib.model import Config, Decoder
 from qlib.recipe import Recipe, Report, decoder_linears, plan, quantize_model, quantized
 
@@ -76,6 +78,25 @@ def test_formats_and_methods_may_be_objects():
     quantize_model(plain, "int8-row", progress=False)
     found, wanted = (m.get_submodule(DOWN).weight.dequantize() for m in (model, plain))
     assert torch.equal(found, -wanted)
+
+
+def test_a_partial_method_is_named_with_its_settings():
+    def name(method) -> str:
+        return Recipe("int4", method=method).chosen_method().name
+
+    assert name(gptq) == "gptq"
+    assert name(partial(gptq, damping=0.1)) == "gptq(damping=0.1)"
+    assert name(partial(gptq, damping=0.2)) != name(partial(gptq, damping=0.1))
+    # A resumed run computes this again: no address of this process may be in it.
+    nested = partial(smoothquant, 1, rounding=partial(gptq, act_order=True), dtype=torch.float16)
+    assert name(nested) == "smoothquant(1, rounding=gptq(act_order=True), dtype=torch.float16)"
+
+    class Called:
+        def __call__(self, weight, format):
+            return qlib.quantize(weight, format)
+
+    assert name(Called()) == "function"
+    assert name(partial(Called(), again=Called())) == "function(again=function)"
 
 
 def test_the_argument_overrides_the_recipes_method():
@@ -195,7 +216,7 @@ def test_an_overflowing_scale_is_named():
 def test_unknown_format():
     with raises(
         "unknown format 'int4-g12o': did you mean int4-g128, int4-row, int1-g32? "
-        "qlib.formats() lists the names"
+        "qlib.formats() lists the names, qlib.recipes() those for models"
     ):
         quantize_model(tiny_decoder(), "int4-g12o", progress=False)
 
@@ -205,6 +226,21 @@ def test_unknown_method():
     with raises("unknown method 'rnt': did you mean 'rtn'?"):
         quantize_model(model, "int4-row", method="rnt", progress=False)
     assert formats_of(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [("quarot", "rotate"), ("rotate", "rotate"), ("spinquant", "spinquant")]
+)
+def test_a_rotation_is_no_method(name, function):
+    model = tiny_decoder()
+    with raises(
+        f"{name!r} rotates a model: call qlib.methods.{function}(model, ...) first, then quantize "
+        "it with method=..."
+    ):
+        quantize_model(model, "int4-row", method=name, progress=False)
+    assert formats_of(model) == {}
+    # What the message tells to call.
+    assert getattr(qlib.methods, function).__module__ == f"qlib.methods.{function}"
 
 
 def test_a_rule_that_matches_nothing():

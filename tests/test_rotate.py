@@ -15,11 +15,13 @@ from tiny_models import CALIBRATED, MODELS, huggingface, raises, tiny_decoder, t
 from torch import nn
 
 import qlib
+from qlib.cache import through_cache
 from qlib.calibrate import Calibration
 from qlib.linear import DenseLinear, QLinear
 from qlib.methods.rotate import rotate
 from qlib.model import Config, Decoder
 from qlib.recipe import quantize_model
+from qlib.rules import Recipe
 from qlib.transform import Hadamard
 
 # The package has a function of this name.
@@ -371,8 +373,39 @@ def test_quantized_and_rotated_models_are_refused():
         "model.layers.0.mlp.down_proj reads transformed inputs already: load the model again",
         model,
     )
+    model = tiny_decoder()
+    rules = (("*.1.mlp.down_proj", "int8-row"),)
+    quantize_model(model, Recipe(None, activation_rules=rules), progress=False)
+    refused(
+        "model.layers.1.mlp.down_proj rounds its inputs, which a rotation moves: rotate first",
+        model,
+    )
+    quantize_model(rotated(tiny_decoder()), Recipe(None, activation_rules=rules), progress=False)
     twice = rotated(rotated(prepared(tiny_decoder()), down=False), seed=1)
     assert change(twice, prepared(tiny_decoder())) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ((tiny_decoder(), object()), "pair (model, tokenizer): pass its first part"),
+        ((1, 2), "tuple"),
+        ("bpw-small", "str"),
+    ],
+)
+def test_what_is_no_model_is_refused(given, got):
+    protocol = qlib.Protocol("mine", torch.zeros(40, dtype=torch.long), context=20, stride=20)
+    calls = [
+        rotate,
+        lambda given: qlib.methods.spinquant(given, "w4a4", tokens(20)[None]),
+        lambda given: qlib.quantize_model(given, "int8"),
+        lambda given: qlib.perplexity(given, protocol),
+        lambda given: through_cache(given, "int4"),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError) as caught:
+            call(given)
+        assert str(caught.value) == f"need a model, got a {got}"
 
 
 def test_sizes_without_a_hadamard_matrix():

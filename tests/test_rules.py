@@ -54,6 +54,17 @@ def test_what_is_no_rule_is_refused():
         qlib.quantize_model(tiny_decoder(), recipe)
 
 
+@pytest.mark.parametrize(
+    "given", [{"activations": "int4-rows"}, {"activation_rules": (("*", "int4-rows"),)}]
+)
+def test_unknown_activations_are_refused_at_once(given):
+    with raises(
+        "unknown format 'int4-rows': did you mean int4-row, int4-g64-offset, int4-g128? "
+        "qlib.formats() lists the names, qlib.recipes() those for models"
+    ):
+        Recipe(None, **given)
+
+
 def test_weights_may_stay_as_they_are():
     model, ids = tiny_decoder(), tokens(20)[None]
     before = model(ids)

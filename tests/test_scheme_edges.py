@@ -10,6 +10,7 @@ import torch
 
 import qlib
 from qlib import fit, grid
+from qlib.presets import WHERE
 from qlib.scheme import Scheme
 
 EVERY_NAME = [n for n in qlib.formats() if isinstance(qlib.format(n), Scheme)]
@@ -110,7 +111,7 @@ def test_bad_weights(message):
 def test_unknown_names(name, near):
     with pytest.raises(ValueError, match=r"^unknown format") as caught:
         qlib.quantize(torch.ones(1, 4), name)
-    assert str(caught.value) == f"unknown format {name!r}: {near}qlib.formats() lists the names"
+    assert str(caught.value) == f"unknown format {name!r}: {near}{WHERE}"
 
 
 @pytest.mark.parametrize(

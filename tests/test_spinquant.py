@@ -197,6 +197,29 @@ def test_only_what_the_recipe_quantizes_is_rounded():
     assert len(spinquant(tiny_decoder(), recipe, calibration(), steps=2)) == 2
 
 
+@pytest.mark.parametrize(
+    ("hidden", "inner", "head", "size"), [(32, 188, 8, 188), (32, 48, 30, 30), (30, 48, 8, 30)]
+)
+def test_sizes_without_a_hadamard_matrix_leave_the_model_as_it_is(hidden, inner, head, size):
+    config = Config(61, hidden, inner, 2, 2, 2, head, max_position_embeddings=64)
+    model = prepared(Decoder(config).normal_init(0.3, torch.Generator().manual_seed(0)))
+    before = copy.deepcopy(model.state_dict())
+    message = f"^no construction of a Hadamard matrix of size {size} is known here: "
+    with pytest.raises(ValueError, match=message):
+        spinquant(model, A4, calibration(), steps=1, progress=False)
+    assert model.config == config
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_down_projection_that_stays_may_have_any_size():
+    config = Config(61, 32, 188, 2, 4, 2, 8, max_position_embeddings=64)
+    model = prepared(Decoder(config).normal_init(0.3, torch.Generator().manual_seed(0)))
+    found = copy.deepcopy(model)
+    spinquant(found, A4, calibration(), steps=1, down=False, progress=False)
+    assert change(found, model) < 1e-4
+
+
 def test_refusals():
     data = calibration()
     with raises("no learned rotation reaches activations that the recipe quantizes"):

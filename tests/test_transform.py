@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from qlib.transform import Diagonal, Hadamard, Orthogonal, Permute, Transform
 
@@ -108,6 +110,34 @@ def test_buffers_are_saved_and_move():
     assert Diagonal(torch.ones(2)).to("meta").scales.is_meta
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_numbers_keep_their_dtype_when_a_model_changes_its_own(name, dtype):
+    """float16 has neither 1e-8 nor 1e5, and bfloat16 three digits."""
+    extreme = {"diagonal": lambda: Diagonal(torch.logspace(-8, 5, N))}
+    transform, model = (TRANSFORMS | extreme)[name](), nn.Module()
+    model.layer, before = transform, copy.deepcopy(transform.state_dict())
+    model.to(dtype)
+    for key, tensor in transform.state_dict().items():
+        assert torch.equal(tensor, before[key])
+        assert tensor.dtype is before[key].dtype
+    x = randn(3, N)
+    assert transform.input(x.to(dtype)).dtype is dtype
+    want = (TRANSFORMS | extreme)[name]().input(x)
+    assert torch.equal(model.float().layer.input(x), want)
+
+
+def test_a_transform_of_inference_mode_can_be_trained_through():
+    with torch.inference_mode():
+        transforms = [make() for make in TRANSFORMS.values()]
+        transforms += [copy.deepcopy(make().half()) for make in TRANSFORMS.values()]
+    for transform in transforms:
+        x = randn(3, N).requires_grad_()
+        transform.input(x).square().sum().backward()
+        assert x.grad.abs().sum() > 0
+        assert not any(buffer.is_inference() for buffer in transform.buffers())
+
+
 def test_buffers_are_copies():
     scales = torch.ones(2)
     transform = Diagonal(scales)
@@ -141,7 +171,7 @@ WRONG = [
     (lambda: Hadamard(2, torch.ones(3)), "signs [3] must be 2 numbers, each 1 or -1"),
     (lambda: Hadamard(2, torch.tensor([1, 0.5])), "signs [2] must be 2 numbers, each 1 or -1"),
     (lambda: Hadamard(6), "no construction of a Hadamard matrix of size 6 is known here: "
-     "multiply blocks of 2, the largest power of two that divides it"),
+     "pad the rows to 8"),
     (lambda: Orthogonal(torch.ones(2, 3)), "an orthogonal matrix is [n, n], got [2, 3]"),
     (lambda: Orthogonal(torch.eye(2) * 1.5), "matrix [2, 2] is not orthogonal: matrix @ matrix.T "
      "is off by 1.2e+00; take the Q of torch.linalg.qr(matrix)"),

@@ -376,6 +376,8 @@ def test_what_does_not_exist_is_refused():
         TurboQuant(3, seed=-1)
     with raises("norms are stored as float16 or float32, got torch.bfloat16"):
         TurboQuant(3, norm=torch.bfloat16)
+    with raises("norms are stored as float16 or float32, got 'float16'"):
+        TurboQuant(3, norm="float16")
     with raises("unknown format 'turbo9': TurboQuant is turbo{1..8}[-qjl]"):
         turboquant.format("turbo9")
 

@@ -60,9 +60,12 @@ ACTIVATIONS = [
     Entry("w4a4", **ROTATED),
     Entry("w8a8", **ROTATED),
     Entry("fp8"),
+    Entry("fp8-static"),
+    Entry("w8a8-mxfp8"),
     Entry("w4a8"),
     Entry("w4a4", "gptq", **ROTATED),
     # Weights alone: what rotations do to them.
+    Entry("int4-g128"),
     Entry("int4-row"),
     Entry("int4-row", **ROTATED),
     Entry("w4a4", "gptq"),
@@ -73,6 +76,7 @@ ACTIVATIONS = [
     Entry("w4a4-nvfp4"),
     Entry("w4a8", "gptq", **ROTATED),
     Entry("w4a4-nvfp4", "gptq", **ROTATED),
+    Entry("w4a4-mxfp4", "gptq", **ROTATED),
     Entry("int4-row", "gptq"),
     Entry("int4-row", "gptq", **ROTATED),
 ]

@@ -31,7 +31,7 @@ from qlib.grid import Grid
 from qlib.qtensor import Format, QTensor
 from qlib.scheme import Scheme
 
-from .scales import compiled
+from .scales import check, compiled
 from .simd import LANES, floats, half, load, load_bytes, lookup, lookup_two, splat, store, total
 from .threads import machine_code, run, words
 
@@ -55,72 +55,78 @@ def _why_not(scheme: Scheme, width: int) -> str | None:
         return f"the grid {scheme.grid.name} is learned"
     if scheme.scale is not torch.float16 or scheme.offset is not torch.float16:
         return "scale and offset are not both float16"
-    if type(scheme.block) is not int or scheme.block % PAIR or width % scheme.block:
+    if type(scheme.block) is not int or scheme.block % PAIR or width % scheme.block or not width:
         return f"rows of {width} are not whole blocks of {scheme.block}, a multiple of {PAIR}"
     return None
 
 
 def dot(
-    x: Float[Tensor, "batch heads cols"], q: QTensor, rows: int
-) -> Float[Tensor, "batch heads rows"]:
-    """x[b] @ matrix[b].T for the first `rows` rows of each matrix.
+    x: Float[Tensor, "batch heads cols"], q: QTensor, used: int
+) -> Float[Tensor, "batch heads used"]:
+    """x[b] @ matrix[b].T for the first `used` rows of each matrix.
 
     Args:
         x: on the CPU, float32.
         q: matrices [batch, any number of rows, cols], contiguous parts of that shape.
 
-    Raises ValueError with the reason of `why_not`.
+    Raises ValueError with the reason of `why_not`, or if an argument is not as said here.
     """
-    batch, heads, cols = x.shape
-    _check(q, cols)
+    _check(x, q, used, q.shape[-1])
     if q.format.grid.bits == 4:
-        x = x.unflatten(2, (-1, LANES, 2)).transpose(-1, -2)
-    y = x.new_empty(batch, heads, rows)
-    _call(_dot, q, x.reshape(batch, heads, cols).contiguous(), rows, PIECE, 0, y)
+        x = x.unflatten(2, (-1, LANES, 2)).transpose(-1, -2).flatten(2)
+    y = x.new_empty(*x.shape[:2], used)
+    _call(_dot, q, x.contiguous(), used, PIECE, 0, y)
     return y
 
 
 def mix(
-    x: Float[Tensor, "batch heads n"], q: QTensor, rows: int, group: int | None = None
+    x: Float[Tensor, "batch heads n"], q: QTensor, used: int, group: int | None = None
 ) -> Float[Tensor, "batch heads sums"]:
-    """x[b] @ matrix[b] for the first `rows` rows of each matrix.
+    """x[b] @ matrix[b] for the first `used` rows of each matrix.
 
     Args:
-        x: on the CPU, float32, one number for each row.
+        x: on the CPU, float32, one number for each row in use.
         q: as for `dot`.
-        group: numbers of `x`. Every so many rows then have a sum of their own with the same `x`,
-            and the sums stand one behind the other.
+        group: numbers of `x`. Every so many rows have a sum of their own, one behind the other.
 
-    Raises ValueError with the reason of `why_not`.
+    Raises ValueError as `dot` does.
     """
-    (batch, heads, _), cols = x.shape, q.shape[2]
-    _check(q, cols)
-    y = x.new_empty(batch, heads, -(-rows // (group or PIECE)), cols)
-    _call(_mix, q, x, rows, group or PIECE, 0 if group else PIECE, y.flatten(2))
+    _check(x, q, used, group or used)
+    if group and (group < 0 or used % group):
+        raise ValueError(f"attention: {used} rows are not whole groups of {group}")
+    y = x.new_empty(*x.shape[:2], -(-used // (group or PIECE)), q.shape[2])
+    _call(_mix, q, x, used, group or PIECE, 0 if group else PIECE, y.flatten(2))
     return y.flatten(2) if group else y.sum(2)
 
 
-def _check(q: QTensor, cols: int) -> None:
-    if reason := why_not(q.format, cols):
-        raise ValueError(f"attention: {reason}")
+def _check(x: Tensor, q: QTensor, used: int, numbers: int) -> None:
+    """Raise ValueError unless `x` has `numbers` for each head, and `q` has what it should have."""
+    check("attention", q, why_not(q.format, q.shape[-1]))
+    if not all(part.is_contiguous() for part in q.parts.values()):
+        raise ValueError("attention: parts of q are not contiguous")
+    if len(q.shape) != 3 or not 0 <= used <= q.shape[1]:
+        raise ValueError(f"attention: {used} rows are in use, q is {list(q.shape)}")
+    if x.dtype != torch.float32 or x.ndim != 3 or x.shape[::2] != (q.shape[0], numbers):
+        need = f"torch.float32 [{q.shape[0]}, heads, {numbers}]"
+        raise ValueError(f"attention: x is {x.dtype} {list(x.shape)}, need {need}")
 
 
 def _call(function, q: QTensor, x: Tensor, rows: int, piece: int, step: int, y: Tensor) -> None:
     parts, grid = q.parts, q.format.grid
     table = _table(grid) if grid.bits == 4 else None
     scale, offset = (parts[name].view(torch.uint16) for name in ("scale", "offset"))
-    arguments = (parts["codes"], scale, offset, table, x, rows, piece, step, y)
-    code = machine_code(function, _kinds(grid.bits))
+    arguments = (parts["codes"], scale, offset, table, x.resolve_neg(), rows, piece, step, y)
     work = x.shape[0] * x.shape[1] * rows * q.shape[2]
-    run(code, words(*arguments), x.shape[0] * -(-rows // piece), work)
+    run(_code(function, grid.bits), words(*arguments), x.shape[0] * -(-rows // piece), work)
 
 
 @cache
-def _kinds(bits: int) -> tuple[types.Type, ...]:
+def _code(function, bits: int) -> int:
     codes, halves = (types.Array(kind, 3, "C") for kind in (types.uint8, types.uint16))
     table = types.float32[::1] if bits == 4 else types.none
     x, y = types.float32[:, :, :], types.float32[:, :, ::1]
-    return (codes, halves, halves, table, x, types.int64, types.int64, types.int64, y)
+    kinds = (codes, halves, halves, table, x, types.int64, types.int64, types.int64, y)
+    return machine_code(function, kinds)
 
 
 @lru_cache(maxsize=64)

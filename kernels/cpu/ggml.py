@@ -19,7 +19,7 @@ from qlib.qtensor import QTensor
 
 from .nibbles import NUMBERS
 from .product import Packed
-from .scales import AHEAD, compiled
+from .scales import AHEAD, check, compiled
 from .simd import LANES, floats, half, load, load_bytes, lookup, prefetch, splat, store, total
 
 # Bytes of a block.
@@ -37,6 +37,7 @@ def why_not(q: QTensor) -> str | None:
 
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`: its bytes, and the same as float16 codes."""
+    check("ggml", q, why_not(q))
     blocks = q.parts["blocks"].contiguous()
     operands = (blocks, blocks.view(torch.uint16))
     return Packed(q.shape, 1, operands, *_functions()[q.format.kind.name])

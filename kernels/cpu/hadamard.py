@@ -42,14 +42,17 @@ def hadamard(
         base: Hadamard matrix of 1 and -1, which must stay as it is; m is 1 or a multiple of 4.
         factors: one for every column of `x`.
 
-    Raises ValueError with the reason of `why_not`.
+    Raises ValueError with the reason of `why_not`, or if a shape is another.
     """
+    if x.ndim != 2 or not x.is_floating_point() or base.ndim != 2 or len(base) != base.shape[1]:
+        raise ValueError(f"hadamard: x is {x.dtype} {list(x.shape)}, base is {list(base.shape)}")
     m, n = len(base), x.shape[1]
     if reason := why_not(n, m):
         raise ValueError(f"hadamard: {reason}")
     if factors.shape != (n,):
         raise ValueError(f"hadamard: factors are {list(factors.shape)}, rows have {n}")
-    x, factors, sums = x.float().contiguous(), factors.float().contiguous(), _sums(base)
+    x, factors = (t.float().contiguous().resolve_neg() for t in (x, factors))
+    sums = _sums(base)
     y = torch.empty_like(x)
     operands = words(x, m, sums, factors, y)
     # Additions per number: one in every round, and one for four rows of the base.
@@ -68,8 +71,8 @@ def _sums(base: Float[Tensor, "m m"]) -> Int32[Tensor, "groups m"]:
 
 def why_not(n: int, m: int) -> str | None:
     """Why rows of n are not multiplied with a base of size m, or None."""
-    size = n // m
-    if n % (4 * LANES) or n % m or size < LANES or size & (size - 1) or (m % 4 and m > 1):
+    size = n // max(m, 1)
+    if m < 1 or n % (4 * LANES) or n % m or size < LANES or size & (size - 1) or (m % 4 and m > 1):
         return f"rows of {n} are not {m} times a power of two from {LANES}, and 64 or more"
     return None
 

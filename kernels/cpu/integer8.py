@@ -14,7 +14,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
-from .scales import AHEAD, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
+from .scales import AHEAD, check, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
 from .simd import LANES, floats, load, load_bytes, prefetch, splat, store, total
 
 
@@ -39,6 +39,7 @@ def _why_not(scheme: Scheme) -> str | None:
 
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`. A block's weights are (code + least - zero) * scale + offset."""
+    check("integer8", q, why_not(q))
     q, order = stored(q)
     scheme, codes = q.format, q.parts["codes"].contiguous()
     least = scheme.grid.min - (scheme.offset.min if isinstance(scheme.offset, Grid) else 0)

@@ -47,6 +47,8 @@ def words(*arguments: Argument) -> list[int]:
     found = []
     for argument in arguments:
         if isinstance(argument, Tensor):
+            if not argument.is_cpu:
+                raise ValueError(f"machine code reads the CPU's memory, not {argument.device}'s")
             size = argument.element_size()
             found += [0, 0, argument.numel(), size, argument.data_ptr(), *argument.shape]
             found += [step * size for step in argument.stride()]

@@ -17,7 +17,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
-from .scales import AHEAD, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
+from .scales import AHEAD, check, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
 from .simd import (
     LANES,
     load,
@@ -56,6 +56,7 @@ def _why_not(scheme: Scheme) -> str | None:
 
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`. A block's weights are (base - zero) * scale + offset."""
+    check("nibbles", q, why_not(q))
     q, order = stored(q)
     scheme, codes = q.format, q.parts["codes"].contiguous()
     points = scheme.grid.points

@@ -62,10 +62,10 @@ def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     Args:
         x: activations on the CPU, floating point; the sums are float32.
 
-    Raises ValueError if `x` has not the inputs of the weight.
+    Raises ValueError as `dealt_inputs` does.
     """
     inputs, outputs = dealt_inputs(x, weight), weight.shape[0]
-    y = torch.empty(len(inputs), outputs, dtype=torch.float32)
+    y = inputs.new_empty(len(inputs), outputs)
     code, operands = weight.ready
     run(code, [*operands, *words(inputs, y)], outputs, inputs.numel() * outputs)
     return y.to(x.dtype)
@@ -93,15 +93,18 @@ def dealt_inputs(x: Tensor, weight: Packed) -> Float[Tensor, "rows per_byte byte
 
     Plane j has what meets code j of every byte, so that an inner loop over bytes reads all its
     operands in order. Each plane is padded with zeros to whole vectors. Raises ValueError if `x`
-    has not the inputs of the weight: the compiled functions check no bounds.
+    has not the inputs of the weight, or is not floating point on the CPU.
     """
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"product: x is {list(x.shape)}, weight is {list(weight.shape)}")
-    x = (x if weight.order is None else x[:, weight.order]).detach().float().contiguous()
+    if not (x.is_cpu and x.is_floating_point()):
+        raise ValueError(f"product: x is {x.dtype} on {x.device}, need floating point on the CPU")
+    x = x if weight.order is None else x[:, weight.order]
+    x = x.detach().float().contiguous().resolve_neg()
     width = -(-x.shape[1] // (weight.per_byte * LANES)) * LANES
     if width == x.shape[1]:
         return x[:, None]
-    dealt = torch.empty(len(x), weight.per_byte, width, dtype=torch.float32)
+    dealt = x.new_empty(len(x), weight.per_byte, width)
     _deal(x.numpy(), dealt.numpy())
     return dealt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,24 @@ compiled = njit(nogil=True, cache=True)
 AHEAD = 4096
 
 
+def check(kernel: str, q: QTensor, reason: str | None) -> None:
+    """Raise ValueError with a reason, or if `q` has not the tensors of its format.
+
+    Compiled functions check no bounds. Matrices [count, rows, cols] have every part `count` times.
+    """
+    if reason:
+        raise ValueError(f"{kernel}: {reason}")
+    found = {name: (part.dtype, tuple(part.shape)) for name, part in q.parts.items()}
+    if found != (need := _layout(q.format, tuple(q.shape))):
+        raise ValueError(f"{kernel}: q of {list(q.shape)} has {found}, need {need}")
+
+
+@lru_cache(maxsize=256)
+def _layout(format: Format, shape: tuple[int, ...]) -> dict[str, tuple]:
+    parts = format.layout(shape[-2:]).items()
+    return {name: (dtype, (*shape[:-2], *size)) for name, (dtype, size) in parts}
+
+
 def scheme_of(format: Format) -> Scheme | None:
     """The scheme that stores a weight, in its own order of columns or in another, or None."""
     format = format.scheme if isinstance(format, Reordered) else format
@@ -39,16 +58,17 @@ def stored(q: QTensor) -> tuple[QTensor, Tensor | None]:
 def scales(q: QTensor) -> tuple[Tensor, Tensor]:
     """Scales [out, blocks] as stored (float16 as its bits), and what codes of 8 bits mean."""
     storage = q.format.scale
-    codes = torch.arange(256, dtype=torch.uint8)[None]
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")[None]
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
     if storage is torch.float16:
-        kept, table = q.parts["scale"].view(torch.uint16), torch.empty(0)
+        kept, table = q.parts["scale"].view(torch.uint16), none
     elif isinstance(storage, Grid) and storage.bits == 8:
         kept, table = q.parts["scale"], storage.decode(codes)[0]
     elif _is_two_level(storage):
         inner = {"codes": codes, "scale": q.parts["scale.scale"]}
         kept, table = q.parts["scale.codes"], storage.decode(inner, (1, 256))[0]
     else:
-        kept, table = q.format.read(q.parts, q.shape)[0], torch.empty(0)
+        kept, table = q.format.read(q.parts, q.shape)[0], none
     return _all_rows(kept, q), table
 
 

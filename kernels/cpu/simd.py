@@ -137,6 +137,12 @@ def half(builder, bits):
     return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
 
 
+@_operation(types.uint16, types.float32)
+def half_bits(builder, number):
+    """The bits of the nearest float16."""
+    return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+
+
 @_operation(FLOATS, types.float32, types.float32)
 def two_halves(builder, first, second):
     """Eight times one number, then eight times another."""

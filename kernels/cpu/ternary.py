@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
 from .product import Packed, dealt_inputs
-from .scales import compiled, read_bytes
+from .scales import check, compiled, read_bytes
 from .simd import LANES, load, lookup, lookup_two, splat, store, total
 from .threads import by_rows
 
@@ -44,6 +43,7 @@ def why_not(q: QTensor) -> str | None:
 
 def packed(q: QTensor) -> Packed:
     """`q` [out, in] for `product`."""
+    check("ternary", q, why_not(q))
     scale = q.format.read(q.parts, q.shape)[0]
     scale = scale[:, 0].expand(q.shape[0]).contiguous()
     operands = (q.parts["codes"].contiguous(), scale)
@@ -52,9 +52,11 @@ def packed(q: QTensor) -> Packed:
 
 def additions(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
     """The product by additions alone, but for the scale at the end. Arguments as `product.gemv`."""
+    if weight.dot is not _dot:
+        raise ValueError("additions: the weights are not ternary")
     codes, scale = weight.operands
-    inputs, y = dealt_inputs(x, weight), torch.zeros(len(x), len(codes))
-    sums = torch.zeros(codes.shape[1], 256)
+    inputs = dealt_inputs(x, weight)
+    y, sums = inputs.new_zeros(len(x), len(codes)), inputs.new_zeros(codes.shape[1], 256)
     for r in range(len(x)):
         _all_sums(inputs[r].numpy(), sums.numpy())
         by_rows(_add, (codes, scale, sums, y[r]), len(codes), codes.numel())

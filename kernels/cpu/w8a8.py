@@ -49,12 +49,18 @@ def scaled_product(x: QTensor, w: QTensor, dtype: torch.dtype) -> Float[Tensor, 
 
 
 def code_product(x: Int8[Tensor, "rows in"], w: UInt8[Tensor, "out in"]) -> Int[Tensor, "rows out"]:
-    """x @ (w - 128).T, exactly: int32, or int64 where a sum might not fit."""
+    """x @ (w - 128).T, exactly: int32, or int64 where a sum might not fit.
+
+    Raises ValueError if that is not what `x` and `w` are.
+    """
+    if (x.dtype, w.dtype) != (torch.int8, torch.uint8) or x.shape[1:] != w.shape[1:] or x.ndim != 2:
+        got = f"{x.dtype} {list(x.shape)} and {w.dtype} {list(w.shape)}"
+        raise ValueError(f"code_product: got {got}, need int8 [rows, in] and uint8 [out, in]")
     inputs = x.shape[1]
     if 1 < inputs <= INT32_INPUTS and int_mm_is_exact():
         sums = torch._int_mm(_dense(w), _dense(x).T).T
         return sums - 128 * x.sum(1, keepdim=True, dtype=torch.int32)
-    total = torch.zeros(len(x), len(w), dtype=torch.int64)
+    total = x.new_zeros(len(x), len(w), dtype=torch.int64)
     for start in range(0, inputs, EXACT_IN_FLOAT32):
         columns = slice(start, start + EXACT_IN_FLOAT32)
         total += (x[:, columns].float() @ (w[:, columns].float() - 128).T).long()
@@ -67,9 +73,9 @@ def int_mm_is_exact() -> bool:
 
     In 16 bits, a pair of these products overflows; zeros and ones would pass everywhere.
     """
-    codes, ones = torch.full((64, 64), 255, dtype=torch.uint8), torch.full((64, 64), 127)
+    codes = torch.full((64, 64), 255, dtype=torch.uint8, device="cpu")
     try:
-        sums = torch._int_mm(codes, ones.to(torch.int8))
+        sums = torch._int_mm(codes, torch.full_like(codes, 127, dtype=torch.int8))
     except RuntimeError:
         return False
     return bool((sums == 64 * 255 * 127).all())

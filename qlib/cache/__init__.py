@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..hadamard import hadamard
+from ..errors import require_model
 from . import direct
 from .format import KVFormat
 from .names import kv_format
-from .store import Store
+from .store import New, Store, rotated
 
 Queries = Float[Tensor, "batch heads time head_dim"]
 Past = Float[Tensor, "batch groups _ head_dim"]
@@ -76,13 +76,14 @@ class QuantizedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use of all stored tensors; buffers reserve up to twice as many."""
+        """Bytes in use of all stored tensors; buffers reserve up to twice what was ever in use."""
         return sum(store.nbytes for pair in self.stores.values() for store in pair)
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of all layers for one token of one sequence, on average so far."""
-        batch = next((keys.recent.data.shape[0] for keys, _ in self.stores.values()), 1)
+        filled = [keys for keys, _ in self.stores.values() if len(keys)]
+        batch = filled[0].recent.data.shape[0] if filled else 1
         return self.nbytes / (max(1, self.length) * batch)
 
     def attend(self, q: Queries, k: Past, v: Past, layer: int) -> Queries:
@@ -90,30 +91,37 @@ class QuantizedCache:
 
         Rotated keys are met by rotated queries, and rotated values are turned back in the output,
         so the past itself is not. One new token reads packed tokens where they lie, if there is a
-        kernel for them. Raises ValueError, with the layer, for what cannot be stored.
+        kernel for them. Raises ValueError, with the layer, for what cannot be stored; the cache is
+        then as it was.
         """
-        q = _rotated(q) if self.format.rotate else q
-        stores = self._stores(layer)
-        if direct.why_not(q, *stores):
-            keys, values = self._extend(k, v, layer)
-            y = attention(q, keys.to(q.dtype), values.to(q.dtype))
+        keys, values = self._stores(layer)
+        k, v = self._rounded(k, v, layer)
+        q = rotated(q).to(q.dtype) if self.format.rotate else q
+        if direct.why_not(q, keys, values):
+            # What a gradient of q still needs must not lie where a later token is written.
+            copy = torch.is_grad_enabled() and q.requires_grad
+            past = keys.extend(k), values.extend(v)
+            y = attention(q, *(x.to(q.dtype, copy=copy) for x in past))
         else:
-            for store, x in zip(stores, self._stored(k, v)):
-                store.append(x)
-            y = direct.attend(q, *stores)
-        return _rotated(y, back=True) if self._turns_values else y
+            keys.append(k)
+            values.append(v)
+            y = direct.attend(q, keys, values)
+        return rotated(y, back=True).to(y.dtype) if self._turns_values else y
 
     def update(self, k: Past, v: Past, layer: int) -> tuple[Past, Past]:
         """Append the keys and values of new tokens; return those of all tokens, dequantized.
 
-        They are in the dtype of `k` and `v` and in their basis, rotated or not.
+        They are in the dtype of `k` and `v` and in their basis, rotated or not. Under
+        `torch.no_grad` they may be views of the cache: not to be changed, and valid until the next
+        token comes. Raises what `attend` raises.
         """
-        keys, values = self._extend(k, v, layer)
+        keys, values = map(Store.extend, self._stores(layer), self._rounded(k, v, layer))
         if self.format.rotate:
-            keys = _rotated(keys, back=True)
+            keys = rotated(keys, back=True)
         if self._turns_values:
-            values = _rotated(values, back=True)
-        return keys.to(k.dtype), values.to(v.dtype)
+            values = rotated(values, back=True)
+        copy = torch.is_grad_enabled()
+        return keys.to(k.dtype, copy=copy), values.to(v.dtype, copy=copy)
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences of the batch, in this order (beam search)."""
@@ -125,24 +133,22 @@ class QuantizedCache:
     def _turns_values(self) -> bool:
         return self.format.rotate == "keys+values"
 
-    def _extend(self, k: Past, v: Past, layer: int) -> tuple[Past, Past]:
-        """All keys and values, as stored, after the new ones were added."""
+    def _rounded(self, k: Past, v: Past, layer: int) -> tuple[New, New]:
+        """Keys and values as they will be stored: neither is, until both can be."""
         keys, values = self._stores(layer)
-        k, v = self._stored(k, v)
-        return keys.extend(k), values.extend(v)
-
-    def _stored(self, k: Past, v: Past) -> tuple[Past, Past]:
-        """Keys and values in the basis in which they are stored."""
-        k = _rotated(k) if self.format.rotate else k
-        return k, _rotated(v) if self._turns_values else v
+        new = keys.rounded(k), values.rounded(v)
+        if k.shape[:3] != v.shape[:3]:
+            found = f"keys {list(k.shape)} and values {list(v.shape)}"
+            raise ValueError(f"layer {layer}: {found} differ in batch, heads or tokens")
+        return new
 
     def _stores(self, layer: int) -> tuple[Store, Store]:
-        form = self.format
         if layer not in self.stores:
-            shared = (form.window, form.sinks, form.dtype)
+            form, at = self.format, f"layer {layer}:"
+            shared, turns = (form.window, form.sinks, form.dtype), self._turns_values
             self.stores[layer] = (
-                Store(form.keys, form.key_axis, *shared, f"layer {layer}: keys"),
-                Store(form.values, form.value_axis, *shared, f"layer {layer}: values"),
+                Store(form.keys, form.key_axis, *shared, f"{at} keys", bool(form.rotate)),
+                Store(form.values, form.value_axis, *shared, f"{at} values", turns),
             )
         return self.stores[layer]
 
@@ -165,8 +171,8 @@ class _ThroughCache:
         self.model, self.format, self.chunk = model, format, chunk
         self.config, self.head, self.parameters = model.config, model.head, model.parameters
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        cache = QuantizedCache(self.format)
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        cache = cache or QuantizedCache(self.format)
         parts = [self.model.hidden(part, cache) for part in tokens.split(self.chunk, dim=1)]
         return torch.cat(parts, dim=1)
 
@@ -185,12 +191,7 @@ def through_cache(model, format: str | KVFormat, chunk: int = 32):
 
     Returns an object with `hidden`, `head`, `config` and `parameters`.
     """
+    require_model(model)
     if chunk < 1:
         raise ValueError(f"chunk must be a positive number of tokens, got {chunk}")
     return _ThroughCache(model, kv_format(format), chunk)
-
-
-def _rotated(x: Tensor, back: bool = False) -> Tensor:
-    """`x` in the Hadamard basis of head_dim, or `back` from it; float32 at least."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return hadamard(wide, transpose=back).to(x.dtype)

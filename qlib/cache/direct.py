@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..kernels.dispatch import missing
 from ..qtensor import QTensor
-from .buffer import Buffer
-from .store import Packed, Store
+from .buffer import Buffer, joined
+from .packed import Packed
+from .store import Store
 
 Queries = Float[Tensor, "batch heads 1 head_dim"]
 Grouped = Float[Tensor, "batch_groups heads _"]
@@ -58,7 +59,7 @@ def attend(q: Queries, keys: Store, values: Store) -> Queries:
     batch, heads, _, head_dim = q.shape
     groups = keys.recent.data.shape[1]
     x = q.reshape(batch * groups, -1, head_dim).float() / math.sqrt(head_dim)
-    scores = _joined([_products(x, part) for part in keys.parts])
+    scores = joined([_products(x, part) for part in keys.parts], -1)
     pieces = scores.softmax(-1).split([len(part) for part in values.parts], dim=-1)
     y = sum(_mixed(p, part) for p, part in zip(pieces, values.parts))
     return y.view(batch, heads, 1, -1).to(q.dtype)
@@ -90,7 +91,3 @@ def _matrices(part: Packed) -> tuple[QTensor, int]:
     count, room = next(iter(parts.values())).shape[:2]
     q = QTensor(part.format, (count, room, part.group or part.head_dim), parts)
     return q, len(part) // part.group * part.head_dim if part.group else len(part)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from . import DenseCache, Past, QuantizedCache, Queries
+from . import DenseCache, Past, QuantizedCache, Queries, through_cache
 from .format import KVFormat
 
 
@@ -38,9 +38,8 @@ class Compared:
         """Exact attention of the new tokens to all."""
         exact = self.exact.attend(q, k, v, layer)
         off = self.other.attend(q, k, v, layer) - exact
-        self._squares[layer] += torch.stack(
-            [off.double().square().sum(), exact.double().square().sum()]
-        )
+        squares = [x.double().square().sum() for x in (off, exact)]
+        self._squares[layer] += torch.stack(squares).cpu()
         return exact
 
 
@@ -55,13 +54,16 @@ def attention_error(
         tokens: read `chunk` at a time, each chunk through the cache; queries, keys and values are
             those of the model without errors, so every layer is judged alone.
 
+    Raises ValueError if there are no tokens, or `chunk` is not positive.
+
     >>> import qlib
     >>> model, tokenizer = qlib.load("bpw-small")
     >>> errors = attention_error(model, "int4", torch.arange(64).view(1, 64))
     >>> len(errors), all(0 < error < 0.2 for error in errors)
     (3, True)
     """
+    if not tokens.numel():
+        raise ValueError(f"an error of attention needs tokens, got {list(tokens.shape)}")
     cache = Compared(format)
-    for part in tokens.split(chunk, dim=1):
-        model.hidden(part, cache)
+    through_cache(model, format, chunk).hidden(tokens, cache)
     return cache.errors

@@ -44,11 +44,12 @@ class KVFormat:
         dtype: of all that stays in full precision, and of what is rounded; None keeps the dtype of
             the arriving tensors.
 
-    Raises ValueError for axes, rotations and windows that do not exist or do not fit.
+    Raises ValueError for axes, rotations and windows that do not exist or do not fit, and TypeError
+    for names of formats.
 
-    >>> from qlib import Scheme
+    >>> from qlib import Scheme, fit
     >>> from qlib.grid import GRIDS
-    >>> kivi = Scheme(GRIDS["uint2"], 32, own_range, offset=torch.float16)
+    >>> kivi = Scheme(GRIDS["uint2"], 32, fit.own_range, offset=torch.float16)
     >>> KVFormat(kivi, kivi, key_axis="channel", window=128).bits(head_dim=64)
     (3.0, 3.0)
     """
@@ -69,6 +70,8 @@ class KVFormat:
             if type(count) is not int or count < 0:
                 raise ValueError(f"{name} must be a number of tokens, got {count!r}")
         for name, format, axis in self._halves():
+            if format is not None and not hasattr(format, "layout"):
+                raise TypeError(f"{name} must be a Format, got {format!r}; use kv_format(name)")
             if axis not in AXES:
                 raise ValueError(f'the axis of {name} must be "token" or "channel", got {axis!r}')
             if axis == "channel" and format is not None:
@@ -78,9 +81,10 @@ class KVFormat:
         if type(size) is not int:
             raise ValueError(f"{name} by channel need blocks of n tokens, not block {size!r}")
         if self.window % size:
+            fits = self.window // size * size + size
             raise ValueError(
                 f"{name} by channel: window {self.window} is not a multiple of the block {size}; "
-                f"use window={self.window // size * size + size}"
+                f"use window={fits} (in a name: -w{fits})"
             )
 
     def _halves(self) -> list[tuple[str, Format | None, str]]:
@@ -94,7 +98,7 @@ class KVFormat:
         found = []
         for _, format, axis in self._halves():
             shape = (1, format.block) if axis == "channel" and format else (1, head_dim)
-            full = 8 * (self.dtype or torch.float32).itemsize
+            full = 8.0 * (self.dtype or torch.float32).itemsize
             found.append(full if format is None else 8 * _row_bytes(format, shape) / shape[1])
         return tuple(found)
 
@@ -109,32 +113,15 @@ def _row_bytes(format: Format, shape: tuple[int, int]) -> int:
     return two - one
 
 
-def own_range(
-    blocks: Tensor, grid: Grid, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The range from the smallest to the largest value spans the grid, whether or not it holds 0.
-
-    KIVI, arXiv 2402.02750, section 2.1: scale = (max - min) / (2^bits - 1), offset = min. A
-    channel of keys far from zero loses nothing to its distance, which `qlib.fit.minmax` would pay.
-
-    >>> from qlib.grid import GRIDS
-    >>> own_range(torch.tensor([[5.0, 6.0, 8.0]]), GRIDS["uint2"])
-    (tensor([1.]), tensor([5.]))
-    """
-    low, high = blocks.aminmax(dim=1)
-    scale = (high - low) / (grid.max - grid.min)
-    return scale, low - grid.min * scale
-
-
 @dataclass(frozen=True)
-class Static:
+class Constant:
     """Codes of a grid under one constant scale, which is not stored: value = grid[code] * scale.
 
     vLLM's FP8 cache: a scale for a whole tensor, 1.0 without calibration; what lies outside the
     grid saturates.
 
     >>> from qlib.grid import E4M3
-    >>> Static(E4M3).quantize(torch.tensor([[1.0, 500.0]])).dequantize()
+    >>> Constant(E4M3).quantize(torch.tensor([[1.0, 500.0]])).dequantize()
     tensor([[  1., 448.]])
     """
 

@@ -24,8 +24,14 @@ class HFCache(hf.Cache):
     """
 
     def __init__(self, format: str | KVFormat):
+        super().__init__(layers=[])
         self.own = QuantizedCache(format)
-        super().__init__(layer_class_to_replicate=lambda: _Layer(self.own, len(self.layers)))
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Append to one layer; return the keys and values of all its tokens."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_Layer(self.own, len(self.layers)))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class _Layer(hf.CacheLayerMixin):

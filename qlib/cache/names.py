@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from .. import polarquant, presets, turboquant
+from .. import fit, polarquant, presets, turboquant
 from ..grid import E4M3, E5M2, GRIDS
 from ..qtensor import Format
 from ..scheme import Scheme
-from .format import KVFormat, Static, own_range
+from .format import Constant, KVFormat
 
 
 def _ranged(bits: str, size: str | None) -> Scheme:
     levels = GRIDS[f"uint{bits}"]
-    return Scheme(levels, int(size or 32), own_range, offset=torch.float16)
+    return Scheme(levels, int(size or 32), fit.own_range, offset=torch.float16)
 
 
 def _full(bits: str) -> KVFormat:
@@ -27,7 +28,7 @@ def _full(bits: str) -> KVFormat:
 
 def _fp8(element: str | None, per_token: str | None) -> KVFormat:
     grid = {"e4m3": E4M3, "e5m2": E5M2}[element or "e4m3"]
-    return _both(presets.format(f"fp8_{element or 'e4m3'}") if per_token else Static(grid))
+    return _both(presets.format(f"fp8_{element or 'e4m3'}") if per_token else Constant(grid))
 
 
 def _both(format: Format) -> KVFormat:
@@ -54,7 +55,10 @@ KV: dict[str, Callable[..., KVFormat]] = {
     r"turbo([1-8])(-qjl)?": _turbo,
     r"(polar[23]?)": lambda name: _both(polarquant.format(name)),
 }
-OPTIONS = r"(?P<name>.+?)(?P<rotate>-hadamard(?:-kv)?)?(?:-w(?P<window>\d+))?(?:-s(?P<sinks>\d+))?"
+# Each count may stand once.
+COUNTS = r"(?:-w(?P<window>\d+)(?!.*-w)|-s(?P<sinks>\d+)(?!.*-s))*"
+OPTIONS = rf"(?P<name>.+?)(?P<rotate>-hadamard(?:-kv)?)?{COUNTS}"
+GRAMMAR = "then -hadamard or -hadamard-kv may follow, then -w{window} and -s{sinks}"
 EXAMPLES = "f16 fp8 fp8-token int8 int4 int4-hadamard int3 int2 kivi4 kivi3 kivi2 kivi2-w32-s4 "
 EXAMPLES += "turbo4 turbo3-qjl polar q8_0 q4_0"
 
@@ -71,20 +75,26 @@ def kv_format(name: str | KVFormat) -> KVFormat:
     - any name that `qlib.format` knows, by token: q8_0, mxfp4, int4-g64-asym, ...
 
     Each may be followed by -hadamard (rotate keys) or -hadamard-kv (keys and values), then
-    -w{tokens} (window), then -s{tokens} (sinks). Raises ValueError for unknown names.
+    -w{tokens} (window) and -s{tokens} (sinks). Raises ValueError, with the nearest name, for
+    unknown names, and TypeError for what is neither a name nor a KVFormat.
 
     >>> kv_format("int4-hadamard-s4").bits(64)         # 4 + (16 + 16) / 32
     (5.0, 5.0)
     """
     if isinstance(name, KVFormat):
         return name
+    if not isinstance(name, str):
+        raise TypeError(f"format must be a name or a KVFormat, got {name!r}")
     if (found := re.fullmatch(OPTIONS, name)) and (format := _named(found["name"])):
         if found["rotate"]:
             format = replace(format, rotate="keys+values" if "kv" in found["rotate"] else "keys")
         counts = {key: int(found[key]) for key in ("window", "sinks") if found[key] is not None}
         return replace(format, **counts)
-    known = EXAMPLES.replace(" ", ", ")
-    raise ValueError(f"unknown KV cache format {name!r}: known are {known}")
+    names = [*EXAMPLES.split(), *presets.formats()]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    known = f"known are {', '.join(EXAMPLES.split())} and qlib.formats()"
+    raise ValueError(f"unknown KV cache format {name!r}: {hint}{known}; {GRAMMAR}")
 
 
 def _named(name: str) -> KVFormat | None:

@@ -7,82 +7,26 @@ packed is never touched again.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..qtensor import Format, QTensor
-from .buffer import Buffer
+from ..hadamard import hadamard
+from ..qtensor import Format
+from .buffer import Buffer, joined
+from .packed import Heads, Packed
 
-Heads = Float[Tensor, "batch heads tokens head_dim"]
 
+class New(NamedTuple):
+    """What a store adds for new tokens, and how many of its recent ones go into `parts` too."""
 
-class Packed:
-    """Rows of a format that grow: one row per token, or per channel and group of tokens.
-
-    `parts` are the stored tensors [batch, heads, units, ...]. A unit is a token, whose part is one
-    row; or a group, whose part is head_dim rows, one per channel.
-
-    Raises ValueError for formats whose rows share something that depends on the data.
-    """
-
-    def __init__(self, format: Format, axis: str, like: Heads):
-        self.format, self.head_dim = format, like.shape[3]
-        self.group = format.block if axis == "channel" else 0
-        self.buffers: dict[str, Buffer] = {}
-        width = self.group or self.head_dim
-        one, two = format.layout((1, width)), format.layout((2, width))
-        names = [name for name in one if one[name][1] == two[name][1]]
-        tries = (format.quantize(torch.full((1, width), x)).parts for x in (1.0, 3.0))
-        first, second = ({name: parts[name] for name in names} for parts in tries)
-        for name in names:
-            if not torch.equal(first[name], second[name]):
-                raise ValueError(f"{format}: all rows share {name!r}, so tokens cannot be added")
-        self.shared = {name: part.to(like.device) for name, part in first.items()}
-
-    def __len__(self) -> int:
-        """Tokens."""
-        units = len(next(iter(self.buffers.values()))) if self.buffers else 0
-        return units * (self.group or 1)
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """The packed tensors [batch, heads, units, ...], without a copy."""
-        return {name: buffer.view for name, buffer in self.buffers.items()}
-
-    @property
-    def nbytes(self) -> int:
-        own = sum(buffer.nbytes for buffer in self.buffers.values())
-        return own + sum(part.numel() * part.element_size() for part in self.shared.values())
-
-    def append(self, x: Heads) -> None:
-        """Round tokens and keep them; by channel they must be whole groups."""
-        if self.group:
-            x = x.unflatten(2, (-1, self.group)).transpose(-1, -2)
-        parts = self.format.quantize(x.flatten(0, -2).float()).parts
-        for name in parts.keys() - self.shared.keys():
-            units = parts[name].reshape(*x.shape[:-1], *parts[name].shape[1:])
-            self.buffers.setdefault(name, Buffer(units)).append(units)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        for buffer in self.buffers.values():
-            buffer.select(rows)
-
-    def tensor(self) -> QTensor:
-        """All packed tokens as the one quantized matrix that they are."""
-        parts = {name: part.flatten(0, 3 if self.group else 2) for name, part in self.parts.items()}
-        rows = len(next(iter(parts.values())))
-        return QTensor(self.format, (rows, self.group or self.head_dim), parts | self.shared)
-
-    def read(self) -> Heads:
-        """All packed tokens, float32."""
-        batch, heads = next(iter(self.parts.values())).shape[:2]
-        x = self.tensor().dequantize()
-        if not self.group:
-            return x.view(batch, heads, -1, self.head_dim)
-        x = x.view(batch, heads, -1, self.head_dim, self.group)
-        return x.transpose(-1, -2).flatten(2, 3)
+    all: Heads
+    sinks: Heads
+    parts: dict[str, Tensor]
+    recent: Heads
+    leaving: int
 
 
 class Store:
@@ -92,10 +36,21 @@ class Store:
         format: of the packed tokens, or None.
         axis, window, sinks, dtype: as in KVFormat.
         label: what messages call it, such as "layer 3: keys".
+        rotate: whether tokens are stored in the Hadamard basis.
     """
 
-    def __init__(self, format: Format | None, axis: str, window: int, sinks: int, dtype, label):
-        self.format, self.axis, self.window, self.label = format, axis, window, label
+    def __init__(
+        self,
+        format: Format | None,
+        axis: str,
+        window: int,
+        sinks: int,
+        dtype: torch.dtype | None,
+        label: str,
+        rotate: bool = False,
+    ):
+        self.format, self.axis, self.window = format, axis, window
+        self.label, self.rotate = label, rotate
         self.dtype, self.limit = dtype, sinks if format is not None else 0
         self.sinks = self.packed = self.recent = None
 
@@ -116,31 +71,44 @@ class Store:
         """Whether so many more tokens complete what is then packed by channel."""
         return self.axis == "channel" and self._due(len(self.recent) + tokens) > 0
 
-    def append(self, x: Heads) -> None:
-        """Keep tokens. No gradient flows through a store.
+    def rounded(self, x: Heads) -> New:
+        """New tokens as they will be stored, without a gradient; the store stays as it is.
 
         Raises ValueError for other shapes than before, and for what cannot be rounded.
         """
-        self._place(self._checked(x))
+        x, waiting = self._checked(x), len(self.recent)
+        first = min(x.shape[2], self.limit - len(self.sinks))
+        due = self._due(waiting + x.shape[2] - first)
+        leaving = min(due, waiting)
+        fresh = due - leaving
+        sinks, new, recent = x.split_with_sizes([first, fresh, x.shape[2] - first - fresh], dim=2)
+        return New(x, sinks, self._parts_of(new, leaving) if due else {}, recent, leaving)
 
-    def extend(self, x: Heads) -> Heads:
+    def append(self, new: New) -> None:
+        """Keep what `rounded` has just returned."""
+        self.sinks.append(new.sinks)
+        self.recent.drop(new.leaving)
+        if new.parts:
+            self.packed.append(new.parts)
+        self.recent.append(new.recent)
+
+    def extend(self, new: New) -> Heads:
         """Append tokens and return all of them, as the queries of the same tokens read them.
 
         By token these read what is stored, themselves included. By channel they still read in full
         precision what they complete, as in KIVI: otherwise what a query reads would depend on
-        how many tokens came with it. Raises what `append` raises.
+        how many tokens came with it.
         """
-        x = self._checked(x)
         if self.axis == "token" or self.format is None:
-            self._place(x)
+            self.append(new)
             return self.read()
-        seen = _joined([*self._read(), x])
-        self._place(x)
+        seen = joined([*self._read(), new.all], 2)
+        self.append(new)
         return seen
 
     def read(self) -> Heads:
         """All tokens as they are stored."""
-        return _joined(self._read())
+        return joined(self._read(), 2)
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences of the batch, in this order (beam search)."""
@@ -154,17 +122,12 @@ class Store:
         parts = self.parts or [self.recent]
         return [part.read() if isinstance(part, Packed) else part.view for part in parts]
 
-    def _place(self, x: Heads) -> None:
-        first = self.limit - len(self.sinks)
-        if first > 0:
-            self.sinks.append(x[:, :, :first])
-            x = x[:, :, first:]
-        due = self._due(len(self.recent) + x.shape[2])
-        old = self.recent.take(min(due, len(self.recent)))
-        fresh = due - old.shape[2]
-        if due:
-            self.packed.append(torch.cat((old, x[:, :, :fresh]), dim=2))
-        self.recent.append(x[:, :, fresh:])
+    def _parts_of(self, new: Heads, leaving: int) -> dict[str, Tensor]:
+        """What is packed of new tokens, and before them of so many recent ones."""
+        if leaving:
+            new = torch.cat((self.recent.view[:, :, :leaving], new), dim=2)
+        with _named(self.label):
+            return self.packed.rounded(new)
 
     def _due(self, waiting: int) -> int:
         """How many of the tokens that are not packed are to be packed now."""
@@ -177,37 +140,51 @@ class Store:
 
     def _checked(self, x: Heads) -> Heads:
         """`x` as it will be stored in full precision."""
-        x = x.detach()
-        stored = x.to(self.dtype or x.dtype)
-        if self.recent is None:
+        if x.ndim != 4:
+            need = "must be [batch, heads, tokens, head_dim]"
+            raise ValueError(f"{self.label} {need}, got {list(x.shape)}")
+        wide, empty = x.detach(), not len(self)
+        if self.rotate:
+            with _named(self.label):
+                wide = rotated(wide)
+        stored = wide.to(self.dtype or (x.dtype if empty else self.recent.data.dtype))
+        if empty:
             self._start(stored)
         have, want = list(x.shape), list(self.recent.data.shape)
         if have[:2] + have[3:] != want[:2] + want[3:]:
             want[2] = "n"
             raise ValueError(f"{self.label} {have} do not continue a cache of {want}")
         # Values that are kept as they arrive need no look; on a GPU it would be a wait.
-        rounded = self.format is not None or stored.dtype != x.dtype
+        rounded = self.format is not None or stored.dtype != wide.dtype
         if rounded and not bool(stored.isfinite().all()):
-            self._refuse(x, stored.dtype)
+            self._refuse(x, wide, stored.dtype)
         return stored
 
     def _start(self, like: Heads) -> None:
         if self.format is not None:
-            try:
+            with _named(self.label):
                 self.packed = Packed(self.format, self.axis, like)
-            except ValueError as error:
-                raise ValueError(f"{self.label}: {error}") from error
         self.sinks, self.recent = Buffer(like), Buffer(like)
 
-    def _refuse(self, x: Heads, dtype: torch.dtype) -> None:
+    def _refuse(self, x: Heads, wide: Heads, dtype: torch.dtype) -> None:
         bad = int((~x.isfinite()).sum())
         if bad:
             raise ValueError(f"{self.label} {list(x.shape)} hold {bad} NaN or infinite values")
-        worst, name = x.abs().max().item(), str(dtype).removeprefix("torch.")
+        worst, name = wide.abs().max().item(), str(dtype).removeprefix("torch.")
         raise ValueError(
             f"{self.label}: a value of {worst:.3g} overflows {name}; use dtype=torch.float32"
         )
 
 
-def _joined(parts: list[Heads]) -> Heads:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+@contextmanager
+def _named(label: str):
+    """What is raised within says where."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+
+
+def rotated(x: Tensor, back: bool = False) -> Tensor:
+    """`x` in the Hadamard basis of its last axis, or `back` from it; float32 at least."""
+    return hadamard(x if x.dtype == torch.float64 else x.float(), transpose=back)

@@ -138,10 +138,7 @@ def _static(stored: Stored, part: str, scheme: Scheme) -> Static:
     if not (math.isfinite(scale) and scale > 0):
         raise stored.error(part, f"is {scale}; need a positive number")
     high = 448 * 6 / scale if part == "input_global_scale" else scale * scheme.grid.max
-    # The range is kept, and its scale found again: of its neighbors one has exactly this one.
-    near = torch.tensor(high, dtype=torch.float32)
-    for step in (near, near.nextafter(near * 2), near.nextafter(near * 0)):
-        static = Static(scheme, -step.item(), step.item())
-        if store(static)[part].double().item() == scale:
-            return static
-    raise stored.error(part, f"is {scale}, the scale of no range")
+    if high > torch.finfo(torch.float32).max:
+        raise stored.error(part, f"is {scale}, the scale of no range")
+    # A range that gives exactly this scale need not exist: it is rounded twice on the way.
+    return Static(scheme, -high, high, scale)

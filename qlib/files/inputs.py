@@ -78,7 +78,8 @@ def inputs_to_dict(inputs: Inputs) -> dict[str, Any]:
         return {"dynamic": native.format_to_dict(inputs.format)}
     if type(inputs) is Static:
         scheme = native.format_to_dict(inputs.format)
-        return {"static": scheme, "low": float(inputs.low), "high": float(inputs.high)}
+        numbers = {"low": inputs.low, "high": inputs.high, "scale": inputs.scale}
+        return {"static": scheme} | {k: float(n) for k, n in numbers.items() if n is not None}
     raise ValueError(f"qlib's container stores no inputs of type {type(inputs).__name__}")
 
 
@@ -93,15 +94,18 @@ def transform_to_dict(transform: Transform) -> dict[str, int]:
 def read_inputs(path: str | os.PathLike, name: str, data: object) -> Inputs:
     """The inputs of the layer called `name`. Raises FormatError for anything not understood."""
     field = f"qlib.layers[{name!r:.200}].inputs"
-    fields = tuple(data) if isinstance(data, dict) else ()
-    if fields not in (("dynamic",), ("static", "low", "high"), ("llm.int8",)):
+    fields = set(data) if isinstance(data, dict) else set()
+    static = {"static", "low", "high"}
+    if fields not in ({"dynamic"}, static, static | {"scale"}, {"llm.int8"}):
         raise FormatError(path, field, "is none of dynamic, static with low and high, llm.int8")
-    if fields == ("llm.int8",):
+    if fields == {"llm.int8"}:
         return _llm_int8(path, field, data["llm.int8"])
-    numbers = [data[name] for name in fields[-2:] if name in ("low", "high")]
+    numbers = [data[name] for name in ("low", "high", "scale") if name in fields]
     if not all(type(n) is float and math.isfinite(n) for n in numbers):
         raise FormatError(path, field, f"has {numbers!r:.80}; need finite numbers")
-    format = native.Reader(path, field).format(data[fields[0]])
+    if numbers[:2] != sorted(numbers[:2]) or not all(n > 0 for n in numbers[2:]):
+        raise FormatError(path, field, f"has {numbers!r:.80}; need low <= high and scale > 0")
+    format = native.Reader(path, field).format(data["static" if numbers else "dynamic"])
     try:
         return Static(format, *numbers) if numbers else Dynamic(format)
     except ValueError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..block import Block
 from ..calibrate import Calibration
 from ..errors import FormatError
-from ..report import BlockResult, LayerResult, Plan
+from ..report import BlockResult, LayerResult, Plan, Step
 from . import native
 from .atomic import replacing
 from .inputs import inputs_to_dict, load_layers
@@ -24,13 +24,13 @@ from .inputs import inputs_to_dict, load_layers
 def fingerprint(
     model: nn.Module, plan: Plan, calibration: Calibration | None, settings: Sequence
 ) -> str:
-    """SHA-256 of everything that decides the result: weights, formats, tokens and settings."""
+    """SHA-256 of everything that decides the result: weights, formats, tokens and settings.
+
+    Raises ValueError for formats and inputs that qlib's container, which keeps them, cannot name.
+    """
     digest = hashlib.sha256()
-    formats = [
-        (step.layer, step.shape, step.format and native.format_to_dict(step.format))
-        for step in plan.steps
-    ]
-    digest.update(json.dumps([formats, list(settings)]).encode())
+    steps = [_described(step) for step in plan.steps]
+    digest.update(json.dumps([steps, list(settings)]).encode())
     windows = () if calibration is None else calibration.windows
     for name, tensor in (*model.state_dict().items(), *(("window", w) for w in windows)):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -73,7 +73,7 @@ class Resume:
         try:
             content = json.loads(path.read_text("utf-8"))
             other = content["fingerprint"] != self.fingerprint
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(path, "fingerprint", "is not there; delete the folder") from error
         if other:
             raise ValueError(
@@ -98,6 +98,17 @@ class Resume:
 def _layer(block: Block, tensors: dict, row: dict) -> LayerResult:
     q = tensors[row["layer"].removeprefix(f"{block.name}.")]
     return LayerResult(**row | {"format": q.format, "shape": q.shape})
+
+
+def _described(step: Step) -> tuple:
+    """A step as JSON data that no other has: as in files, and the points of a learned grid."""
+    scheme, inputs = getattr(step.format, "scheme", step.format), step.inputs
+    points = None if getattr(scheme, "is_standard", True) else scheme.grid.points.tolist()
+    format = step.format and native.format_to_dict(step.format)
+    # A range that calibration has yet to find is not one of zeros.
+    ready = inputs is None or inputs.is_ready
+    reads = inputs and inputs_to_dict(inputs if ready else inputs.observed(0.0, 0.0))
+    return step.layer, step.shape, format, points, ready, reads
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -32,7 +32,7 @@ STEP = torch.tensor(1 / 127)
 
 
 @dataclass(frozen=True)
-class LLMInt8:
+class LLMInt8(Inputs):
     """Inputs in eight bits for each token, but for the channels that reach the threshold.
 
     Args:
@@ -74,12 +74,16 @@ class LLMInt8:
         return q, outliers
 
     def rounded(self, x: Rows) -> Rows:
+        if not x.numel():
+            return x.clone()
         q, outliers = self.split(x)
         values = q.dequantize().to(x.dtype)
         values[:, outliers] = x[:, outliers]
         return values
 
     def product(self, x: Rows, weight: Product) -> Float[Tensor, "rows out"]:
+        if not x.numel():
+            return weight(x)
         q, outliers = self.split(x)
         if activations.multiplies_codes(q, weight.q):
             y = activations.product(q, weight.q, x.dtype)
@@ -93,13 +97,6 @@ class LLMInt8:
     def _level(self) -> float:
         """The threshold in float16, in which magnitudes are compared with it."""
         return torch.tensor(self.threshold).half().item()
-
-    @property
-    def is_ready(self) -> bool:
-        return True
-
-    def observed(self, low: float, high: float) -> Inputs:
-        return self
 
     def __str__(self) -> str:
         return f"int8 for each token, channels from {self.threshold:g} at full width"

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import require_model
 from ..fold import QKV
 from ..linear import DenseLinear, QLinear, replace_layer
 from ..progress import bar
@@ -150,6 +151,7 @@ def checked_parts(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
     Raises ValueError unless every parameter is one that rotations know: they could miss it.
     """
+    require_model(model)
     if any(isinstance(module, QLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already: rotate it before")
     prefix, blocks = decoder_blocks(model)
@@ -167,13 +169,15 @@ def checked_parts(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     for name, layer in decoder_linears(model).items():
         if getattr(layer, "transform", None) is not None:
             raise ValueError(f"{name} reads transformed inputs already: load the model again")
+        if getattr(layer, "inputs", None) is not None:
+            raise ValueError(f"{name} rounds its inputs, which a rotation moves: rotate first")
     return model.get_submodule(body), blocks
 
 
 def _gain_offsets(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> list[int]:
-    """`_gain_offset` of all norms of the stream, in their order."""
+    """`_rms_offset` of all norms of the stream, in their order."""
     norms = [block.get_submodule(name) for block in blocks for name in READERS] + [body.norm]
-    offsets = list(map(_gain_offset, norms))
+    offsets = list(map(_rms_offset, norms))
     if None in offsets:
         bad = norms[offsets.index(None)]
         name = next(name for name, module in model.named_modules() if module is bad)
@@ -184,7 +188,7 @@ def _gain_offsets(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> l
     return offsets
 
 
-def _gain_offset(norm: nn.Module) -> int | None:
+def _rms_offset(norm: nn.Module) -> int | None:
     """0 or 1 where the norm is x / rms(x) times `weight` or `1 + weight`, None for any other."""
     generator = torch.Generator().manual_seed(0)
     x = 1 + torch.randn(1, len(norm.weight), generator=generator)

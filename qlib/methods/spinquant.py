@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..activations import Inputs
 from ..calibrate import Calibration
 from ..finetune import next_token_loss
-from ..hadamard import hadamard
+from ..hadamard import base_matrix, hadamard
 from ..progress import bar
 from ..structure import decoder_blocks
 from ..transform import Hadamard
@@ -76,14 +76,17 @@ def spinquant(
     places = _places(model, recipe)
     windows = list(Calibration.of(calibration).batches(batch))
     width, device = body.embed_tokens.weight.shape[1], body.embed_tokens.weight.device
-    # Gains move into the weights, so that norms write what R1 turns.
-    identity = torch.eye(width, device=device)
-    rotate(model, values=False, down=False, residual_matrix=identity, progress=progress)
+    # Sizes that have no Hadamard matrix are refused before a weight is touched.
+    for block in blocks if down else ():
+        base_matrix(block.get_submodule(DOWN).in_features)
     stream, *heads = (
         Hadamard.random(size, seed + index).input(torch.eye(size, dtype=torch.float64)).to(device)
         for index, size in enumerate([width, *(block.self_attn.head_dim for block in blocks)])
     )
     rotations, losses = (stream, torch.stack(heads)), []
+    # Gains move into the weights, so that norms write what R1 turns.
+    identity = torch.eye(width, device=device)
+    rotate(model, values=False, down=False, residual_matrix=identity, progress=progress)
     for step in bar(range(steps), "learning rotations", "step", progress):
         tokens = windows[step % len(windows)].to(device)
         found, gradients = _gradients(model, places, rotations, tokens, loss, down)
