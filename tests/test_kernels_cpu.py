@@ -58,7 +58,7 @@ RUNGS = [product.gemv, product.gemm]
 def shapes(module) -> list[tuple[int, int]]:
     if module is ggml:
         return [(1, 256), (33, 512), (5, 1280)]
-    return [(1, 1), (3, 5), (64, 64), (33, 77), (17, 260), (2, 1000)]
+    return [(1, 1), (3, 5), (4, 16), (3, 32), (2, 80), (64, 64), (33, 77), (17, 260), (2, 1000)]
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -91,11 +91,11 @@ def test_any_shape_block_and_mean(data):
     module = nibbles if kind == "int4" else integer8
     x = randn(rows, shape[1], seed=shape[1]) + mean
     more = randn(64, shape[1], seed=9) + mean
-    # One output may come out luckily well in torch: a rounding of its largest sum is always free.
-    rounding = 2.0**-24 * (x.abs() @ q.dequantize().abs().T).max().item()
+    # One output may come out luckily well in torch: two roundings of its largest sum are free.
+    x[0, 0] = 3
+    rounding = 2.0**-23 * (x.abs() @ q.dequantize().abs().T).max().item()
     most = max(budget(x, q), 2 * error(more, q, more @ q.dequantize().T), rounding)
     flipped = module.packed(flip(q))
-    x[0, 0] = 3
     for rung in RUNGS:
         assert error(x, q, rung(x, module.packed(q))) <= most
         # A block of equal weights may have scale 0, and then its codes say nothing.

@@ -102,7 +102,7 @@ def dealt_inputs(x: Tensor, weight: Packed) -> Float[Tensor, "rows per_byte byte
     x = x if weight.order is None else x[:, weight.order]
     x = x.detach().float().contiguous().resolve_neg()
     width = -(-x.shape[1] // (weight.per_byte * LANES)) * LANES
-    if width == x.shape[1]:
+    if weight.per_byte == 1 and width == x.shape[1]:
         return x[:, None]
     dealt = x.new_empty(len(x), weight.per_byte, width)
     _deal(x.numpy(), dealt.numpy())
