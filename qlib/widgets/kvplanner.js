@@ -80,6 +80,8 @@ function render({ model, el }) {
     alt: () => `Most tokens per second against the context, a line for each cache format; ${chosen().name} ends at ${whole(now(chosen()).most)} tokens, `
       + `${formats[0].name} at ${whole(now(formats[0]).most)}.`,
   });
+  // A picture has a name before it has a width and is drawn.
+  picture.element.setAttribute("aria-label", "Most tokens per second against the context");
   const group = unique(), body = h("tbody"), legend = h("p", { class: "bw-note" }), summary = readout(), note = h("p", { class: "bw-note" });
   // The radio buttons stay while the numbers beside them change, so that the keyboard's focus stays.
   const entries = formats.map(f => {
