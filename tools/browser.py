@@ -14,13 +14,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build/html"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 QUIET = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync""".split()
+
+# Nothing more will change: the theme has made what scrolls reachable (at "load"), fonts are there,
+# and every widget has been drawn or has said why not.
+SETTLED = """() => document.readyState === 'complete' && document.fonts.status === 'loaded'
+    && [...document.querySelectorAll('.bw-widget')].every(widget => widget.dataset.ready)"""
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -72,6 +77,13 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def visit(page: Page, address: str) -> None:
+    """Open an address and wait until the page has settled, on a slow machine too."""
+    page.goto(address, wait_until="load")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_function(SETTLED)
 
 
 def pages(folder: Path = SITE) -> list[str]:

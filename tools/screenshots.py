@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from browser import SITE, chromium, pages, published_prefix, serve
+from browser import SITE, chromium, pages, published_prefix, serve, visit
 
 WIDTHS = {1280: 800, 390: 844}
 
@@ -29,7 +29,7 @@ def main() -> None:
                 context = browser.new_context(viewport=view, color_scheme=scheme)
                 page = context.new_page()
                 for name in options.pages or pages(options.site):
-                    page.goto(f"{address}/{name}", wait_until="networkidle")
+                    visit(page, f"{address}/{name}")
                     shot = f"{name.removesuffix('.html').replace('/', '-')}-{width}-{scheme}.png"
                     page.screenshot(path=options.folder / shot, full_page=True)
                     print(options.folder / shot)

@@ -61,6 +61,7 @@
       el.dataset.ready = "true";
     } catch (error) {
       console.error("[anywidget-lite]", error);
+      el.dataset.ready = "false";
       el.textContent = "This interactive figure could not start in your browser. Run the notebook to see it.";
     }
   }

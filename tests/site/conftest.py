@@ -99,7 +99,7 @@ def visit(chromium):
         contexts.append(context)
         seen = Visit(context.new_page(), "/".join(url.split("/")[:3]))
         seen.listen()
-        seen.page.goto(url, wait_until="networkidle")
+        tools.visit(seen.page, url)
         return seen
 
     yield open_page

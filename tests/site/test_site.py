@@ -78,6 +78,18 @@ def test_broken_page_is_found(visit, tmp_path):
         assert any(line.startswith("image-alt") for line in violations(seen))
 
 
+def test_visit_waits_for_a_slow_widget(visit, tmp_path):
+    """The network falls idle before a slow machine has drawn it."""
+    (tmp_path / "slow.html").write_text(
+        "<html><body><div class='bw-widget'></div><script>addEventListener('load', () => setTimeout"
+        "(() => { document.querySelector('div').dataset.ready = 'true' }, 1500))</script></body>"
+        "</html>"
+    )
+    with tools.serve(tmp_path) as address:
+        seen = visit(f"{address}/slow.html")
+        assert seen.page.locator(".bw-widget").get_attribute("data-ready") == "true"
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_widgets_react_to_the_keyboard(visit, site, name):
     stored = (tools.SITE / name).read_text(encoding="utf-8").count("widget-view+json")
