@@ -56,7 +56,7 @@ FORMATS = {
     "gpu.ggml": "ggml's Q4_0, Q8_0, Q4_K, Q5_K, Q6_K and TQ2_0",
     "gpu.ternary": "ternary",
     "cpu.nibbles": "codes of 4 bits: int4, nf4, mxfp4, nvfp4, lloyd4, learned",
-    "cpu.integer8": "integers of 8 bits",
+    "cpu.bitstream": "integers of 1 to 8 bits, fp8, mxfp8, mxfp6, nf2, nf3",
     "cpu.ggml": "ggml's Q4_K, Q6_K and Q8_0",
     "cpu.ternary": "ternary",
 }
@@ -145,7 +145,7 @@ def explain(x: Float[Tensor, "*batch in"] | QTensor, q: QTensor) -> str:
 
     >>> import qlib
     >>> print(qlib.kernels.explain(torch.ones(2, 64), qlib.quantize(torch.ones(8, 64), "int8")))
-    cpu.integer8.gemv, 2 rows of activations
+    cpu.bitstream.gemv, 2 rows of activations
     not gpu: x is on the CPU
     not cpu.nibbles: the grid int8 does not have codes of 4 bits
     """

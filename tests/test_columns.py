@@ -71,7 +71,7 @@ def test_products():
         "dequantize.gemm, 10 rows of activations",
         "not gpu: x is on the CPU",
         "not cpu.nibbles: Columns is not a Scheme",
-        "not cpu.integer8: Columns is not a Scheme",
+        "not cpu.bitstream: Columns is not a Scheme",
         "not cpu.ggml: the format is not ggml's Q4_K, Q6_K or Q8_0",
         "not cpu.ternary: the weights are not ternary",
     ]

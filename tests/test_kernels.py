@@ -25,8 +25,10 @@ from qlib.linear import QLinear
 from qlib.qtensor import QTensor
 from qlib.scheme import Scheme
 
-COMPILED = ["int4-row", "int4-g32-asym", "nf4", "nvfp4", "int8-row", "int8-g32-asym", "ternary"]
-OTHERS = ["mxfp6_e2m3", "fp8_e4m3", "int3-g64", "int4-g5", "int2-row", "mxint8"]
+COMPILED = (
+    "int4-row int4-g32-asym nf4 nvfp4 int8-row int8-g32-asym ternary int3-g64 fp8_e4m3".split()
+)
+OTHERS = "nf5 int3-g24 int4-g5 lloyd6 int2-g8-asym mxint8".split()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ON_CPU = "not gpu: x is on the CPU"
 
@@ -134,8 +136,13 @@ DOUBLE = randn(2, 64).double()
 @pytest.mark.parametrize(
     ("format", "x", "reason"),
     [
-        ("int3-g32", randn(20, 64), "cpu.nibbles: the grid int3 does not have codes of 4 bits"),
-        (UNLIKE, randn(20, 64), "cpu.integer8: the grid int5 is not an integer grid of 8 bits"),
+        ("int3-g24", randn(20, 64), "cpu.nibbles: the grid int3 does not have codes of 4 bits"),
+        ("int3-g24", randn(20, 64), "cpu.bitstream: blocks of 24 are not a multiple of 16"),
+        (
+            UNLIKE,
+            randn(20, 64),
+            "cpu.bitstream: the grid int5 has over 16 values, neither integers nor small floats",
+        ),
         ("int4", randn(0, 64), "cpu: x has no rows"),
         (
             "int4",

@@ -26,9 +26,9 @@ from qlib.grid import GRIDS, Grid
 from qlib.hadamard import base_matrix
 from qlib.hadamard import hadamard as transform
 from qlib.kernels.cpu import (
+    bitstream,
     ggml,
     hadamard,
-    integer8,
     native,
     nibbles,
     product,
@@ -37,6 +37,7 @@ from qlib.kernels.cpu import (
     threads,
 )
 from qlib.linear import QLinear
+from qlib.pack import pack
 from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
@@ -45,8 +46,10 @@ FORMATS = {
     nibbles: "int4-row int4-g32 int4-g96 int4-g32-asym int4-g128-asym int4-g64-offset int4-tensor "
     "int4-row-asym int4-tensor-asym nf4 nf4-dq fp4_bnb lloyd4 mxfp4 mxfp4-even nvfp4 "
     "nvfp4-reciprocal nvfp4-mse mlx4".split(),
-    integer8: "int8-row int8-g16 int8-g48-asym int8-row-asym int8-tensor int8-g64-offset "
-    "mlx8".split(),
+    bitstream: "int8-row int8-g16 int8-g48-asym int8-row-asym int8-tensor int8-g64-offset mlx8 "
+    "int1-g32 int2-g128 int2-row-asym int3-g32-asym int3-g96 int5-g64-offset int6-row-asym "
+    "int7-g48-asym mlx3 mlx6 nf2 nf3 lloyd3 int4-g16-asym fp8_e4m3 fp8_e5m2-tensor mxfp8_e4m3 "
+    "mxfp8_e5m2 mxfp6_e2m3 mxfp6_e3m2".split(),
     ternary: ["ternary"],
     ggml: ["q4_k", "q6_k", "q8_0"],
 }
@@ -82,13 +85,13 @@ def test_products_are_within_twice_torchs_error(module, format, rung, monkeypatc
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_block_and_mean(data):
-    kind = data.draw(st.sampled_from(["int4", "int8"]))
+    kind = f"int{data.draw(st.integers(1, 8))}"
     block = data.draw(st.sampled_from(["row", "tensor", "g32", "g64", "g96", "g160"]))
     suffix = data.draw(st.sampled_from(["", "-asym", "-offset"]))
     shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 400)))
     rows, mean = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0.0, 3.0]))
     q = quantized(shape, f"{kind}-{block}{suffix}")
-    module = nibbles if kind == "int4" else integer8
+    module = nibbles if kind == "int4" else bitstream
     x = randn(rows, shape[1], seed=shape[1]) + mean
     more = randn(64, shape[1], seed=9) + mean
     # One output may come out luckily well in torch: two roundings of its largest sum are free.
@@ -103,6 +106,30 @@ def test_any_shape_block_and_mean(data):
             assert error(x, q, rung(x, flipped)) > most
 
 
+@pytest.mark.parametrize("name", "fp8_e4m3 fp8_e5m2 mxfp8_e4m3 mxfp6_e2m3 mxfp6_e3m2".split())
+def test_every_code_of_a_small_float(name):
+    """Subnormals, infinities and NaN too, with the smallest and the largest scales."""
+    format = qlib.format(name)
+    codes = torch.arange(2**format.grid.bits, dtype=torch.uint8)
+    scales = [2.0**-140, 1.0, 2.0**127] if format.scale is torch.float32 else [0, 127, 254]
+    for scale in scales:
+        q = qlib.quantize(torch.ones(1, len(codes)), name)
+        parts = {"codes": pack(codes[None], format.grid.bits)}
+        parts["scale"] = torch.full_like(q.parts["scale"], scale)
+        q = QTensor(format, q.shape, parts)
+        found = product.gemm(torch.eye(len(codes)), bitstream.packed(q))
+        # Zeros times infinity make every product with such a weight NaN: look at it by itself.
+        want, special = q.dequantize(), ~q.dequantize().isfinite()
+        unpacked = torch.zeros(1, 1, len(codes))
+        packed = bitstream.packed(q)
+        threads.by_rows(packed.unpack, (*packed.operands, unpacked, 0), 1, 1)
+        assert torch.equal(unpacked[0].nan_to_num(nan=1e30), want.nan_to_num(nan=1e30))
+        if not special.any():
+            assert torch.equal(found.T, want)
+        wrong = want.roll(1)
+        assert not torch.equal(unpacked[0].nan_to_num(nan=1e30), wrong.nan_to_num(nan=1e30))
+
+
 @pytest.mark.parametrize(("module", "format"), CASES)
 def test_gemm_unpacks_the_dequantized_weight(module, format):
     """Bit for bit, but where an offset is added: there one rounding less."""
@@ -113,6 +140,46 @@ def test_gemm_unpacks_the_dequantized_weight(module, format):
     else:
         assert torch.equal(unpacked, q.dequantize())
     assert not torch.equal(product.gemm(torch.eye(512), module.packed(flip(q))).T, unpacked)
+
+
+GUARDED = """
+import ctypes, mmap, sys, torch, qlib
+from product_errors import randn
+from qlib.kernels.cpu import bitstream, nibbles, product
+from qlib.qtensor import QTensor
+
+def guarded(part, behind):
+    # Two pages, the second of which nobody may read; the part ends where the first ends.
+    pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(address + mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    first = mmap.PAGESIZE - part.numel() + behind
+    whole[first : first + part.numel() - behind] = part.flatten()[: part.numel() - behind]
+    return whole[first : first + part.numel()].view(part.shape)
+
+for name in sys.argv[2:]:
+    for inputs in (1, 5, 16, 40, 77, 128, 200):
+        q = qlib.quantize(randn(3, inputs), name)
+        behind = int(sys.argv[1])
+        q = QTensor(q.format, q.shape, {**q.parts, "codes": guarded(q.parts["codes"], behind)})
+        module = nibbles if nibbles.why_not(q) is None else bitstream
+        for rung in (product.gemv, product.gemm):
+            for rows in (1, 2):
+                y = rung(randn(rows, inputs), module.packed(q))
+                assert (y - randn(rows, inputs) @ q.dequantize().T).abs().max() < 1e-3
+"""
+
+
+def test_nothing_behind_the_codes_is_read():
+    """The codes end at the end of a page; to read one byte of the next ends the process."""
+    names = "int1-row int2-g32 int3-g32 int5-row int6-g16 int7-row int8-row fp8_e4m3 int4-g32"
+    for behind in (0, 1):
+        command = [sys.executable, "-c", GUARDED, str(behind), *names.split()]
+        environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+        code = subprocess.run(command, env=environment, check=False).returncode
+        assert code == (-signal.SIGSEGV if behind else 0)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0"])
@@ -176,6 +243,8 @@ TINY = BlockFormat(
     lambda raw, out: np.copyto(out, raw),
 )
 DIVIDED = Scheme(qlib.format("mxfp4").grid, 32, fit.absmax, scale=Divisor(torch.float32))
+NARROW_ZERO = dataclasses.replace(qlib.format("int8-g32-asym"), offset=GRIDS["uint4"])
+FLOAT_OFFSET = dataclasses.replace(qlib.format("fp8_e4m3"), offset=torch.float16)
 BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint8"])
 
 
@@ -191,15 +260,22 @@ BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint
             "the zero point is stored as uint8, not in 4 bits",
         ),
         (nibbles, "q4_k", "BlockFormat is not a Scheme"),
-        (integer8, "int4", "the grid int4 is not an integer grid of 8 bits"),
-        (integer8, "mxint8", "the grid mxint8 is not an integer grid of 8 bits"),
-        (integer8, "int8-g24", "blocks of 24 are not a multiple of 16"),
-        (integer8, "q8_0", "BlockFormat is not a Scheme"),
+        (bitstream, "ternary", "the grid ternary does not have codes of 1 to 8 bits"),
+        (
+            bitstream,
+            "mxint8",
+            "the grid mxint8 has over 16 values, neither integers nor small floats",
+        ),
+        (bitstream, "nf5", "the grid nf5 has over 16 values, neither integers nor small floats"),
+        (bitstream, "int8-g24", "blocks of 24 are not a multiple of 16"),
+        (bitstream, NARROW_ZERO, "the zero point is stored as uint4, not in 8 bits"),
+        (bitstream, FLOAT_OFFSET, "small floats have an offset"),
+        (bitstream, "q8_0", "BlockFormat is not a Scheme"),
         (ggml, "int4", "the format is not ggml's Q4_K, Q6_K or Q8_0"),
         (ggml, "q5_k", "the format is not ggml's Q4_K, Q6_K or Q8_0"),
         (ggml, TINY, "the format is not ggml's Q4_K, Q6_K or Q8_0"),
         (nibbles, DIVIDED, "the scale divides"),
-        (integer8, dataclasses.replace(DIVIDED, grid=GRIDS["int8"]), "the scale divides"),
+        (bitstream, dataclasses.replace(DIVIDED, grid=GRIDS["int8"]), "the scale divides"),
         (ternary, "int2-row", "the weights are not ternary"),
         (
             ternary,
@@ -405,7 +481,7 @@ def test_a_weight_with_other_tensors_is_refused(module, name):
                 continue
             with pytest.raises(ValueError, match=rf"^{kernel}: q of \[4, 256\] has {{.*}}, need "):
                 module.packed(QTensor(q.format, q.shape, parts))
-    other = quantized((4, 256), "fp8_e4m3")
+    other = quantized((4, 256), "mxint8")
     with pytest.raises(ValueError, match=f"^{kernel}: {re.escape(module.why_not(other))}$"):
         module.packed(other)
 

@@ -64,7 +64,7 @@ def test_importance_is_reordered_too():
 
 
 def test_products():
-    q = Reordered(qlib.format("int4-g16-asym")).quantize(weight(), order=order())
+    q = Reordered(qlib.format("int4-g24-asym")).quantize(weight(), order=order())
     x = torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1))
     expected = x @ q.dequantize().T
     assert torch.equal(qlib.kernels.matmul(x, q), expected)

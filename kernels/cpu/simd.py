@@ -116,6 +116,30 @@ def load_some_bytes(builder, pointer, count):
     return builder.zext(_call(builder, name, zeros.type, *arguments), INTS.llvm)
 
 
+@_memory(INTS, ir.IntType(8))
+def load_codes(builder, pointer, bits):
+    """Sixteen codes of 1 to 7 bits from bytes[index] on, lowest bit first.
+
+    Eight codes are one word, and the second word begins `bits` bytes after the first: memory is
+    read up to and without bytes[index + bits + 8].
+    """
+    word = ir.IntType(64)
+    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    shifts = builder.mul(
+        _splat(builder, bits, 8), ir.Constant(ir.VectorType(word, 8), list(range(8)))
+    )
+    halves = []
+    for start in (place, builder.gep(place, [bits])):
+        eight = builder.load(builder.bitcast(start, word.as_pointer()), align=1)
+        shifted = builder.lshr(_splat(builder, eight, 8), shifts)
+        halves.append(builder.bitcast(shifted, INTS.llvm))
+    # The low half of every word: one permutation, where two truncations are four.
+    low = ir.Constant(INTS.llvm, list(range(0, 2 * LANES, 2)))
+    codes = builder.shuffle_vector(*halves, low)
+    mask = builder.sub(builder.shl(word(1), bits), word(1))
+    return builder.and_(codes, _splat(builder, builder.trunc(mask, INT)))
+
+
 @_memory(types.none, ir.IntType(8))
 def prefetch(builder, pointer):
     """Ask for the cache line of bytes[index]; an address outside the array does no harm."""
@@ -169,6 +193,27 @@ def floats(builder, vector):
     return builder.sitofp(vector, FLOATS.llvm)
 
 
+@_operation(FLOATS, INTS, types.int64, types.int64)
+def minifloat(builder, codes, bits, exponent):
+    """Codes of a sign, `exponent` <= 5 bits and a mantissa, of `bits` <= 8 in all, as float16 reads
+    them: with its bias 15, subnormals too. A code of 7 ones behind the sign is NaN."""
+
+    def all_lanes(number):
+        return _splat(builder, builder.trunc(number, INT))
+
+    word = ir.IntType(64)
+    top = builder.shl(codes, all_lanes(builder.sub(word(16), bits)))
+    size = builder.and_(top, all_lanes(word(0x7FFF)))
+    size = builder.lshr(size, all_lanes(builder.sub(word(5), exponent)))
+    halves = builder.or_(size, builder.and_(top, all_lanes(word(0x8000))))
+    halves = builder.trunc(halves, ir.VectorType(ir.IntType(16), LANES))
+    read = builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES))
+    ones = all_lanes(word(127))
+    special = builder.icmp_signed("==", builder.and_(codes, ones), ones)
+    nan = ir.Constant(FLOATS.llvm, [float("nan")] * LANES)
+    return builder.select(special, nan, builder.fpext(read, FLOATS.llvm))
+
+
 @_operation(FLOATS, FLOATS, INTS)
 def lookup(builder, table, index):
     """table[index % 16]."""
@@ -218,10 +263,10 @@ def _pick(builder, table, index):
     return result
 
 
-def _splat(builder, number):
-    vector = ir.VectorType(number.type, LANES)
+def _splat(builder, number, lanes=LANES):
+    vector = ir.VectorType(number.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, INT(0))
-    return builder.shuffle_vector(first, first, ir.Constant(INTS.llvm, [0] * LANES))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
 
 
 def _call(builder, name, result, *arguments, fastmath=()):

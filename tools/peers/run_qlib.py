@@ -27,7 +27,7 @@ def main() -> None:
             method.function(weight, qlib.format(FORMAT))
         return finish({}, clock, STORES, "bits-per-weight")
     # Imported on first use, and imports are not on the clock; the peers' are above theirs.
-    import qlib.kernels.cpu.integer8
+    import qlib.kernels.cpu.bitstream
     import qlib.kernels.cpu.nibbles
 
     model, _ = qlib.load(TASK["model"])

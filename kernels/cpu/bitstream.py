@@ -1,0 +1,239 @@
+"""Codes of 1 to 8 bits on the CPU, which share bytes as `qlib.pack` lays them: bit after bit.
+
+Eight codes of b bits fill b bytes, so sixteen are two words of 64 bits, shifted by a multiple of b
+in every lane and cut off. Codes of 8 bits need none of that: they are read as they lie. What a code
+means is looked up if there are sixteen meanings or fewer; longer ones are integers or small floats,
+and arithmetic does. Codes of 4 bits have more to gain, in `nibbles`; `product` has the ladder.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
+
+from qlib.grid import E2M3, E3M2, E4M3, E5M2, Grid
+from qlib.qtensor import QTensor
+from qlib.scheme import Divisor, Scheme
+
+from .product import Packed
+from .scales import AHEAD, check, compiled, offsets, read_row, scales, scheme_of, stored
+from .simd import (
+    LANES,
+    floats,
+    load,
+    load_bytes,
+    load_codes,
+    lookup,
+    minifloat,
+    prefetch,
+    splat,
+    store,
+    total,
+)
+
+# Bits of the exponent of the small floats.
+EXPONENT = {grid.name: bits for grid, bits in ((E2M3, 2), (E3M2, 3), (E4M3, 4), (E5M2, 5))}
+# The end of a row is copied where there is room behind it: two loads of sixteen codes at most.
+ROOM = 64
+
+
+def why_not(q: QTensor) -> str | None:
+    """Why these kernels cannot take `q`, or None."""
+    scheme = scheme_of(q.format)
+    return _why_not(scheme) if scheme else f"{type(q.format).__name__} is not a Scheme"
+
+
+@lru_cache(maxsize=256)
+def _why_not(scheme: Scheme) -> str | None:
+    grid, offset = scheme.grid, scheme.offset
+    if len(grid.points) == 3 or grid.bits > 8:
+        return f"the grid {grid.name} does not have codes of 1 to 8 bits"
+    if grid.bits > 4 and not (scheme.is_standard and _computed(grid)):
+        return f"the grid {grid.name} has over 16 values, neither integers nor small floats"
+    if isinstance(scheme.scale, Divisor):
+        return "the scale divides"
+    if type(scheme.block) is int and scheme.block % LANES:
+        return f"blocks of {scheme.block} are not a multiple of {LANES}"
+    if isinstance(offset, Grid) and offset.bits != grid.bits:
+        return f"the zero point is stored as {offset.name}, not in {grid.bits} bits"
+    if offset is not None and grid.name in EXPONENT:
+        return "small floats have an offset"
+    return None
+
+
+def _computed(grid: Grid) -> bool:
+    return grid.name in (f"int{grid.bits}", f"uint{grid.bits}", *EXPONENT)
+
+
+def packed(q: QTensor) -> Packed:
+    """`q` [out, in] for `product`. A block's weights are (value - zero) * scale + offset."""
+    check("bitstream", q, why_not(q))
+    q, order = stored(q)
+    scheme, codes = q.format, q.parts["codes"].contiguous()
+    size = scheme.block if type(scheme.block) is int else q.shape[1]
+    bits = None if scheme.grid.bits == 8 else scheme.grid.bits
+    operands = (codes, bits, _values(scheme), -(-size // LANES), *scales(q), *offsets(q))
+    return Packed(q.shape, 1, operands, _dot, _unpack, order)
+
+
+def _values(scheme: Scheme) -> torch.Tensor | np.number:
+    """A table; or what code 0 means, float32; or the bits of the exponent, uint8."""
+    grid = scheme.grid
+    least = scheme.offset.min if isinstance(scheme.offset, Grid) else 0
+    if grid.name in EXPONENT:
+        return np.uint8(EXPONENT[grid.name])
+    if grid.bits > 4:
+        return np.float32(grid.min - least)
+    return torch.nn.functional.pad(grid.points - least, (0, LANES - len(grid.points)))
+
+
+def block(values, factor, zero, added):
+    """Inside numba: what the weights of a block have in common, three vectors, for `weights`."""
+
+
+def weights(code, bits, values, common):
+    """Inside numba: the weights (value - zero) * factor + added of sixteen codes."""
+
+
+@overload(block)
+def _block(values, factor, zero, added):
+    def table(values, factor, zero, added):
+        levels = (load(values, 0) - splat(zero)) * splat(factor) + splat(added)
+        return levels, levels, levels
+
+    def small_floats(values, factor, zero, added):
+        # What float16 reads is too small by its bias less theirs.
+        gain = np.float32(1 << (16 - (1 << (values - 1))))
+        return splat(gain), splat(factor), splat(added)
+
+    def integers(values, factor, zero, added):
+        return splat(values - zero), splat(factor), splat(added)
+
+    return {types.float32: integers, types.uint8: small_floats}.get(values, table)
+
+
+@overload(weights)
+def _weights(code, bits, values, common):
+    def table(code, bits, values, common):
+        return lookup(common[0], code)
+
+    def small_floats(code, bits, values, common):
+        return minifloat(code, _width(bits), values) * common[0] * common[1]
+
+    def integers(code, bits, values, common):
+        return (floats(code) + common[0]) * common[1] + common[2]
+
+    return {types.float32: integers, types.uint8: small_floats}.get(values, table)
+
+
+@compiled
+def _width(bits):
+    return 8 if bits is None else bits
+
+
+@compiled
+def _codes(row, at, bits):
+    """The sixteen codes from byte `at` on."""
+    prefetch(row, at + AHEAD)
+    return load_bytes(row, at) if bits is None else load_codes(row, at, bits)
+
+
+@compiled
+def _common(values, factors, bits, zero, offset, o, b):
+    """`block` of block b of row o; its zero point is in a stream of bits, too."""
+    point = np.float32(0)
+    if zero is not None:
+        first = b * _width(bits)
+        at, last = first >> 3, zero.shape[1] - 1
+        word = zero[o, at] | zero[o, min(at + 1, last)] << 8
+        point = np.float32(word >> (first & 7) & ((1 << _width(bits)) - 1))
+    added = np.float32(0) if offset is None else offset[o, b]
+    return block(values, factors[b], point, added)
+
+
+@compiled
+def _end(row, bits, vectors, end):
+    """How many of the vectors of a row are read where they lie; the bytes of the others: `end`."""
+    width = _width(bits)
+    inside = max(0, min(vectors, (len(row) - width - 8) // (2 * width) + 1))
+    at = inside * 2 * width
+    for i in range(at, len(row)):
+        end[i - at] = row[i]
+    return inside
+
+
+@compiled
+def _write(out, row, o, bits, values, vectors, factors, zero, offset, end):
+    """out [inputs] = row o of the weight."""
+    every, step = len(out) // LANES, 2 * _width(bits)
+    inside = _end(row, bits, every, end)
+    for b in range(len(factors)):
+        common = _common(values, factors, bits, zero, offset, o, b)
+        last = min((b + 1) * vectors, every)
+        for v in range(b * vectors, min(last, inside)):
+            code = _codes(row, v * step, bits)
+            store(out, v * LANES, weights(code, bits, values, common))
+        for v in range(max(b * vectors, inside), last):
+            code = _codes(end, (v - inside) * step, bits)
+            store(out, v * LANES, weights(code, bits, values, common))
+
+
+@compiled
+def _inner(x, w):
+    sums = other = splat(np.float32(0))
+    for i in range(0, len(x), LANES):
+        sums += load(x, i) * load(w, i)
+        sums, other = other, sums
+    return total(sums + other)
+
+
+@compiled
+def _dot(codes, bits, values, vectors, scale, table, zero, offset, planes, y, start, stop):
+    """y [rows, out] from codes [out, bytes] and planes [rows, 1, inputs]."""
+    factors, end = np.empty(scale.shape[1], np.float32), np.zeros(ROOM, np.uint8)
+    x, w = planes[0, 0], np.empty(planes.shape[2], np.float32)
+    every, step = len(x) // LANES, 2 * _width(bits)
+    for o in range(start, stop):
+        row = codes[o]
+        read_row(scale, table, o, factors)
+        if len(planes) > 1:
+            _write(w, row, o, bits, values, vectors, factors, zero, offset, end)
+            for r in range(len(planes)):
+                y[r, o] = _inner(planes[r, 0], w)
+            continue
+        inside = _end(row, bits, every, end)
+        whole = inside // vectors
+        # Two sums take turns, because an addition waits for the one before it.
+        sums = other = splat(np.float32(0))
+        v = 0
+        for b in range(whole):
+            common = _common(values, factors, bits, zero, offset, o, b)
+            for _ in range(vectors):
+                code = _codes(row, v * step, bits)
+                sums += weights(code, bits, values, common) * load(x, v * LANES)
+                sums, other = other, sums
+                v += 1
+        for b in range(whole, len(factors)):
+            common = _common(values, factors, bits, zero, offset, o, b)
+            last = min((b + 1) * vectors, every)
+            for v in range(b * vectors, min(last, inside)):
+                code = _codes(row, v * step, bits)
+                sums += weights(code, bits, values, common) * load(x, v * LANES)
+            for v in range(max(b * vectors, inside), last):
+                code = _codes(end, (v - inside) * step, bits)
+                sums += weights(code, bits, values, common) * load(x, v * LANES)
+        y[0, o] = total(sums + other)
+
+
+@compiled
+def _unpack(codes, bits, values, vectors, scale, table, zero, offset, chunk, first, start, stop):
+    """chunk [rows, 1, inputs] = weights of the rows first + start, ..., first + stop - 1."""
+    factors, end = np.empty(scale.shape[1], np.float32), np.zeros(ROOM, np.uint8)
+    for i in range(start, stop):
+        o = first + i
+        read_row(scale, table, o, factors)
+        _write(chunk[i, 0], codes[o], o, bits, values, vectors, factors, zero, offset, end)
