@@ -107,6 +107,16 @@ def test_reset_and_selection():
     assert torch.equal(logits, again)
 
 
+def test_a_refused_first_token_leaves_a_cache_that_can_be_used():
+    cache, k = HFCache("int4-g8"), torch.ones(2, 2, 3, 8)
+    with pytest.raises(ValueError, match="layer 0"):
+        cache.update(k * torch.nan, k, 0)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.get_seq_length() == 0
+    assert cache.update(k, k, 0)[0].shape == k.shape
+
+
 def saved_and_loaded(cache: HFCache) -> HFCache:
     file = io.BytesIO()
     torch.save(cache, file)

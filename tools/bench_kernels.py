@@ -31,8 +31,8 @@ from qlib.kernels.cpu import ternary
 from qlib.qtensor import QTensor
 
 FORMATS = (
-    "int4-g128 int4-g128-asym int4-g32 nf4 mxfp4 nvfp4 int8-row int8-g128 q4_k ternary "
-    "int2-g128 int3-g128 int6-g128 fp8_e4m3 mxfp8_e4m3".split()
+    "int4-g128 int4-g128-asym int4-g32 nf4 mxfp4 nvfp4 int8-row int8-g128 q4_k "
+    "int2-g128 int3-g128 int6-g128 fp8_e4m3 mxfp8_e4m3 ternary".split()
 )
 ROWS = (1, 4, 16, 512)
 # More rows than these take longer to multiply than their weight to arrive: two copies do.

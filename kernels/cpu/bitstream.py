@@ -32,8 +32,8 @@ from .simd import (
     prefetch,
     splat,
     store,
-    total,
-)
+)  # fmt: skip
+from .sums import ONE, nothing, plus, put, step_of, stride_of
 
 # Bits of the exponent of the small floats.
 EXPONENT = {grid.name: bits for grid, bits in ((E2M3, 2), (E3M2, 3), (E4M3, 4), (E5M2, 5))}
@@ -167,73 +167,52 @@ def _end(row, bits, vectors, end):
 
 
 @compiled
-def _write(out, row, o, bits, values, vectors, factors, zero, offset, end):
-    """out [inputs] = row o of the weight."""
-    every, step = len(out) // LANES, 2 * _width(bits)
-    inside = _end(row, bits, every, end)
-    for b in range(len(factors)):
-        common = _common(values, factors, bits, zero, offset, o, b)
-        last = min((b + 1) * vectors, every)
-        for v in range(b * vectors, min(last, inside)):
-            code = _codes(row, v * step, bits)
-            store(out, v * LANES, weights(code, bits, values, common))
-        for v in range(max(b * vectors, inside), last):
-            code = _codes(end, (v - inside) * step, bits)
-            store(out, v * LANES, weights(code, bits, values, common))
-
-
-@compiled
-def _inner(x, w):
-    sums = other = splat(np.float32(0))
-    for i in range(0, len(x), LANES):
-        sums += load(x, i) * load(w, i)
-        sums, other = other, sums
-    return total(sums + other)
-
-
-@compiled
-def _dot(codes, bits, values, vectors, scale, table, zero, offset, planes, y, start, stop):
+def _dot(codes, bits, values, vectors, scale, table, zero, offset, group, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 1, inputs]."""
     factors, end = np.empty(scale.shape[1], np.float32), np.zeros(ROOM, np.uint8)
-    x, w = planes[0, 0], np.empty(planes.shape[2], np.float32)
-    every, step = len(x) // LANES, 2 * _width(bits)
+    every, step, stride = planes.shape[2] // LANES, 2 * _width(bits), stride_of(planes, group)
     for o in range(start, stop):
         row = codes[o]
         read_row(scale, table, o, factors)
-        if len(planes) > 1:
-            _write(w, row, o, bits, values, vectors, factors, zero, offset, end)
-            for r in range(len(planes)):
-                y[r, o] = _inner(planes[r, 0], w)
-            continue
         inside = _end(row, bits, every, end)
         whole = inside // vectors
-        # Two sums take turns, because an addition waits for the one before it.
-        sums = other = splat(np.float32(0))
-        v = 0
-        for b in range(whole):
-            common = _common(values, factors, bits, zero, offset, o, b)
-            for _ in range(vectors):
-                code = _codes(row, v * step, bits)
-                sums += weights(code, bits, values, common) * load(x, v * LANES)
-                sums, other = other, sums
-                v += 1
-        for b in range(whole, len(factors)):
-            common = _common(values, factors, bits, zero, offset, o, b)
-            last = min((b + 1) * vectors, every)
-            for v in range(b * vectors, min(last, inside)):
-                code = _codes(row, v * step, bits)
-                sums += weights(code, bits, values, common) * load(x, v * LANES)
-            for v in range(max(b * vectors, inside), last):
-                code = _codes(end, (v - inside) * step, bits)
-                sums += weights(code, bits, values, common) * load(x, v * LANES)
-        y[0, o] = total(sums + other)
+        for r in range(0, len(planes), step_of(stride)):
+            x, v = planes[r, 0], 0
+            sums = others = nothing()
+            for b in range(whole):
+                common = _common(values, factors, bits, zero, offset, o, b)
+                for _ in range(vectors):
+                    some = weights(_codes(row, v * step, bits), bits, values, common)
+                    sums = plus(sums, some, x, v * LANES, stride)
+                    sums, others = others, sums
+                    v += 1
+            for b in range(whole, len(factors)):
+                common = _common(values, factors, bits, zero, offset, o, b)
+                last = min((b + 1) * vectors, every)
+                for v in range(b * vectors, min(last, inside)):
+                    some = weights(_codes(row, v * step, bits), bits, values, common)
+                    sums = plus(sums, some, x, v * LANES, stride)
+                for v in range(max(b * vectors, inside), last):
+                    some = weights(_codes(end, (v - inside) * step, bits), bits, values, common)
+                    sums = plus(sums, some, x, v * LANES, stride)
+            put(sums, others, y, r, o, ONE, stride)
 
 
 @compiled
 def _unpack(codes, bits, values, vectors, scale, table, zero, offset, chunk, first, start, stop):
     """chunk [rows, 1, inputs] = weights of the rows first + start, ..., first + stop - 1."""
     factors, end = np.empty(scale.shape[1], np.float32), np.zeros(ROOM, np.uint8)
-    for i in range(start, stop):
-        o = first + i
-        read_row(scale, table, o, factors)
-        _write(chunk[i, 0], codes[o], o, bits, values, vectors, factors, zero, offset, end)
+    every, step = chunk.shape[2] // LANES, 2 * _width(bits)
+    for o in range(start, stop):
+        row, out = codes[first + o], chunk[o, 0]
+        read_row(scale, table, first + o, factors)
+        inside = _end(row, bits, every, end)
+        for b in range(len(factors)):
+            common = _common(values, factors, bits, zero, offset, first + o, b)
+            last = min((b + 1) * vectors, every)
+            for v in range(b * vectors, min(last, inside)):
+                some = weights(_codes(row, v * step, bits), bits, values, common)
+                store(out, v * LANES, some)
+            for v in range(max(b * vectors, inside), last):
+                some = weights(_codes(end, (v - inside) * step, bits), bits, values, common)
+                store(out, v * LANES, some)

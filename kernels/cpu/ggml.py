@@ -20,7 +20,8 @@ from qlib.qtensor import QTensor
 from .nibbles import NUMBERS
 from .product import Packed
 from .scales import AHEAD, check, compiled
-from .simd import LANES, floats, half, load, load_bytes, lookup, prefetch, splat, store, total
+from .simd import LANES, floats, half, load, load_bytes, lookup, prefetch, splat, store
+from .sums import ONE, nothing, plus, put, step_of, stride_of
 
 # Bytes of a block.
 Q4_K, Q6_K, Q8_0 = 144, 210, 34
@@ -71,25 +72,25 @@ def _weights(steps, offsets, sub):
 
 
 @compiled
-def _dot_q4_k(blocks, codes, planes, y, start, stop):
+def _dot_q4_k(blocks, codes, group, planes, y, start, stop):
     """y [rows, out]; 32 bytes hold two sub-blocks, the first in their lower halves."""
     steps, offsets = np.empty(8, np.float32), np.empty(8, np.float32)
+    stride = stride_of(planes, group)
     for o in range(start, stop):
         row, halves = blocks[o], codes[o]
-        for r in range(len(planes)):
-            x = planes[r, 0]
-            sum_low = sum_high = splat(np.float32(0))
+        for r in range(0, len(planes), step_of(stride)):
+            x, of_low, of_high = planes[r, 0], nothing(), nothing()
             for block in range(len(row) // Q4_K):
                 _read_scales(row, halves, block, steps, offsets)
                 for sub in range(0, 8, 2):
                     low, high = _weights(steps, offsets, sub), _weights(steps, offsets, sub + 1)
-                    at, first = block * Q4_K + 16 + sub * 16, block * 256 + sub * 32
+                    at, to = block * Q4_K + 16 + sub * 16, block * 256 + sub * 32
                     prefetch(row, at + AHEAD)
                     for i in range(0, 32, LANES):
                         byte = load_bytes(row, at + i)
-                        sum_low += lookup(low, byte) * load(x, first + i)
-                        sum_high += lookup(high, byte >> 4) * load(x, first + 32 + i)
-            y[r, o] = total(sum_low + sum_high)
+                        of_low = plus(of_low, lookup(low, byte), x, to + i, stride)
+                        of_high = plus(of_high, lookup(high, byte >> 4), x, to + 32 + i, stride)
+            put(of_low, of_high, y, r, o, ONE, stride)
 
 
 @compiled
@@ -130,12 +131,13 @@ def _levels(low, high, step, scale):
 
 
 @compiled
-def _dot_q6_k(blocks, codes, planes, y, start, stop):
+def _dot_q6_k(blocks, codes, group, planes, y, start, stop):
     """y [rows, out], four vectors of sixteen weights at a time."""
+    stride = stride_of(planes, group)
     for o in range(start, stop):
         row, halves = blocks[o], codes[o]
-        for r in range(len(planes)):
-            x, sums = planes[r, 0], splat(np.float32(0))
+        for r in range(0, len(planes), step_of(stride)):
+            x, sums, others = planes[r, 0], nothing(), nothing()
             for block in range(len(row) // Q6_K):
                 at = block * Q6_K
                 step = half(halves[(at + 208) >> 1])
@@ -143,10 +145,12 @@ def _dot_q6_k(blocks, codes, planes, y, start, stop):
                     prefetch(row, at + 64 * side + AHEAD)
                     for part in range(2):
                         weights = _q6_k(row, at, step, side, part)
-                        first = block * 256 + side * 128 + part * LANES
-                        sums += weights[0] * load(x, first) + weights[1] * load(x, first + 32)
-                        sums += weights[2] * load(x, first + 64) + weights[3] * load(x, first + 96)
-            y[r, o] = total(sums)
+                        to = block * 256 + side * 128 + part * LANES
+                        sums = plus(sums, weights[0], x, to, stride)
+                        others = plus(others, weights[1], x, to + 32, stride)
+                        sums = plus(sums, weights[2], x, to + 64, stride)
+                        others = plus(others, weights[3], x, to + 96, stride)
+            put(sums, others, y, r, o, ONE, stride)
 
 
 @compiled
@@ -174,18 +178,19 @@ def _q8_0(row, halves, block, side):
 
 
 @compiled
-def _dot_q8_0(blocks, codes, planes, y, start, stop):
+def _dot_q8_0(blocks, codes, group, planes, y, start, stop):
     """y [rows, out], a vector of sixteen weights after the other."""
+    stride = stride_of(planes, group)
     for o in range(start, stop):
         row, halves = blocks[o], codes[o]
-        for r in range(len(planes)):
-            x, sums = planes[r, 0], splat(np.float32(0))
+        for r in range(0, len(planes), step_of(stride)):
+            x, sums, others = planes[r, 0], nothing(), nothing()
             for block in range(len(row) // Q8_0):
                 prefetch(row, block * Q8_0 + AHEAD)
-                for side in range(2):
-                    weights = _q8_0(row, halves, block, side)
-                    sums += weights * load(x, block * 32 + side * LANES)
-            y[r, o] = total(sums)
+                to = block * 32
+                sums = plus(sums, _q8_0(row, halves, block, 0), x, to, stride)
+                others = plus(others, _q8_0(row, halves, block, 1), x, to + LANES, stride)
+            put(sums, others, y, r, o, ONE, stride)
 
 
 @compiled

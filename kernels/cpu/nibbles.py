@@ -26,9 +26,9 @@ from .simd import (
     prefetch,
     splat,
     store,
-    total,
     two_halves,
 )  # fmt: skip
+from .sums import ONE, nothing, plus, put, step_of, stride_of
 
 NUMBERS = np.arange(16, dtype=np.float32)
 
@@ -83,34 +83,32 @@ def _weights(base, factors, zero, offset, o, b):
 
 
 @compiled
-def _dot(codes, base, vectors, scale, table, zero, offset, planes, y, start, stop):
+def _dot(codes, base, vectors, scale, table, zero, offset, group, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 2, bytes]."""
     whole, factors = codes.shape[1] // (vectors * LANES), np.empty(scale.shape[1], np.float32)
+    stride = stride_of(planes, group)
     for o in range(start, stop):
         row = codes[o]
         read_row(scale, table, o, factors)
-        for r in range(len(planes)):
+        for r in range(0, len(planes), step_of(stride)):
             low, high = planes[r, 0], planes[r, 1]
-            # Two pairs of sums take turns, because an addition waits for the one before it.
-            sum_low = sum_high = next_low = next_high = splat(np.float32(0))
+            of_low = of_high = nothing()
             i = 0
             for b in range(whole):
                 weights = _weights(base, factors, zero, offset, o, b)
                 for _ in range(vectors):
                     prefetch(row, i + AHEAD)
                     byte = load_bytes(row, i)
-                    sum_low += lookup(weights, byte) * load(low, i)
-                    sum_high += lookup(weights, byte >> 4) * load(high, i)
-                    sum_low, next_low = next_low, sum_low
-                    sum_high, next_high = next_high, sum_high
+                    of_low = plus(of_low, lookup(weights, byte), low, i, stride)
+                    of_high = plus(of_high, lookup(weights, byte >> 4), high, i, stride)
                     i += LANES
             if i < len(row):
                 weights = _weights(base, factors, zero, offset, o, whole)
                 for j in range(i, len(row), LANES):
                     byte = read_bytes(row, j)
-                    sum_low += lookup(weights, byte) * load(low, j)
-                    sum_high += lookup(weights, byte >> 4) * load(high, j)
-            y[r, o] = total(sum_low + sum_high + next_low + next_high)
+                    of_low = plus(of_low, lookup(weights, byte), low, j, stride)
+                    of_high = plus(of_high, lookup(weights, byte >> 4), high, j, stride)
+            put(of_low, of_high, y, r, o, ONE, stride)
 
 
 @compiled
@@ -137,20 +135,21 @@ def _pair(factors, i):
 
 
 @compiled
-def _dot16(codes, base, scale, table, planes, y, start, stop):
+def _dot16(codes, base, scale, table, group, planes, y, start, stop):
     """`_dot` for blocks of 16: a vector of bytes has two, and its lanes their scales."""
     values, factors = load(base, 0), np.empty(scale.shape[1], np.float32)
+    stride = stride_of(planes, group)
     for o in range(start, stop):
         row = codes[o]
         read_row(scale, table, o, factors)
-        for r in range(len(planes)):
+        for r in range(0, len(planes), step_of(stride)):
             low, high = planes[r, 0], planes[r, 1]
-            sum_low = sum_high = splat(np.float32(0))
+            of_low = of_high = nothing()
             for i in range(0, len(row), LANES):
                 byte, pair = read_bytes(row, i), _pair(factors, i)
-                sum_low += lookup(values, byte) * pair * load(low, i)
-                sum_high += lookup(values, byte >> 4) * pair * load(high, i)
-            y[r, o] = total(sum_low + sum_high)
+                of_low = plus(of_low, lookup(values, byte) * pair, low, i, stride)
+                of_high = plus(of_high, lookup(values, byte >> 4) * pair, high, i, stride)
+            put(of_low, of_high, y, r, o, ONE, stride)
 
 
 @compiled

@@ -18,7 +18,7 @@ from qlib.scheme import Scheme
 from .simd import LANES, half, load_bytes, load_some_bytes, prefetch
 
 # numba lets go of the interpreter while it runs, and keeps the compiled code beside the source. It
-# notices a change of that source, not one of `simd`: then delete the folders __pycache__.
+# notices a change of that source, not of `simd` or `sums`: then delete the folders __pycache__.
 compiled = njit(nogil=True, cache=True)
 # How far ahead of their use bytes are asked for.
 AHEAD = 4096

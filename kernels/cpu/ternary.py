@@ -21,7 +21,8 @@ from qlib.scheme import Scheme
 
 from .product import Packed, dealt_inputs
 from .scales import check, compiled, read_bytes
-from .simd import LANES, load, lookup, lookup_two, splat, store, total
+from .simd import LANES, load, lookup, lookup_two, store
+from .sums import nothing, plus, put, step_of, stride_of
 from .threads import by_rows
 
 # The three trits of a number 0..26, as weights, and the two of a number 0..8: the same tables.
@@ -85,22 +86,22 @@ def _tables(factor):
 
 
 @compiled
-def _dot(codes, scale, planes, y, start, stop):
+def _dot(codes, scale, group, planes, y, start, stop):
     """y [rows, out] from codes [out, bytes] and planes [rows, 5, bytes]."""
     t0, t1, t2 = _tables(np.float32(1))
+    stride, width = stride_of(planes, group), planes.shape[2]
     for o in range(start, stop):
         row = codes[o]
-        for r in range(len(planes)):
-            x = planes[r]
-            s0 = s1 = s2 = s3 = s4 = splat(np.float32(0))
+        for r in range(0, len(planes), step_of(stride)):
+            x, sums, others = planes[r, 0], nothing(), nothing()
             for i in range(0, len(row), LANES):
                 low, high = _two_parts(read_bytes(row, i))
-                s0 += lookup_two(t0[0], t0[1], low) * load(x[0], i)
-                s1 += lookup_two(t1[0], t1[1], low) * load(x[1], i)
-                s2 += lookup_two(t2[0], t2[1], low) * load(x[2], i)
-                s3 += lookup(t0[0], high) * load(x[3], i)
-                s4 += lookup(t1[0], high) * load(x[4], i)
-            y[r, o] = total(s0 + s1 + s2 + s3 + s4) * scale[o]
+                sums = plus(sums, lookup_two(t0[0], t0[1], low), x, i, stride)
+                others = plus(others, lookup_two(t1[0], t1[1], low), x, width + i, stride)
+                sums = plus(sums, lookup_two(t2[0], t2[1], low), x, 2 * width + i, stride)
+                others = plus(others, lookup(t0[0], high), x, 3 * width + i, stride)
+                sums = plus(sums, lookup(t1[0], high), x, 4 * width + i, stride)
+            put(sums, others, y, r, o, scale[o], stride)
 
 
 @compiled

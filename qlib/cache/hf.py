@@ -77,9 +77,10 @@ class _Layer(hf.CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch."""
-        for store in self.own.stores.get(self.index, ()):
-            rows = torch.arange(store.recent.data.shape[0])
-            store.select(rows.repeat_interleave(repeats))
+        if self.get_seq_length():
+            for store in self.own.stores[self.index]:
+                rows = torch.arange(store.recent.data.shape[0])
+                store.select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises NotImplementedError: a group that is packed cannot give a token back."""
