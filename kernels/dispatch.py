@@ -22,7 +22,7 @@ from qlib.qtensor import Format, QTensor
 
 from . import dequantize
 
-# Up to this many rows of activations, unpacking a weight again for every row costs less than
+# Up to this many rows of activations, unpacking a weight again for every four costs less than
 # writing it out once: `make bench` shows both.
 CPU_GEMV_ROWS = 8
 DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16)}
@@ -56,7 +56,7 @@ FORMATS = {
     "gpu.ggml": "ggml's Q4_0, Q8_0, Q4_K, Q5_K, Q6_K and TQ2_0",
     "gpu.ternary": "ternary",
     "cpu.nibbles": "codes of 4 bits: int4, nf4, mxfp4, nvfp4, lloyd4, learned",
-    "cpu.bitstream": "integers of 1 to 8 bits, fp8, mxfp8, mxfp6, nf2, nf3",
+    "cpu.bitstream": "codes of 1 to 8 bits: integers, fp8, mxfp8, mxfp6, nf3, lloyd3, learned",
     "cpu.ggml": "ggml's Q4_K, Q6_K and Q8_0",
     "cpu.ternary": "ternary",
 }

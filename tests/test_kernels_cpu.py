@@ -166,7 +166,7 @@ for name in sys.argv[2:]:
         q = QTensor(q.format, q.shape, {**q.parts, "codes": guarded(q.parts["codes"], behind)})
         module = nibbles if nibbles.why_not(q) is None else bitstream
         for rung in (product.gemv, product.gemm):
-            for rows in (1, 2):
+            for rows in (1, 3):
                 y = rung(randn(rows, inputs), module.packed(q))
                 assert (y - randn(rows, inputs) @ q.dequantize().T).abs().max() < 1e-3
 """
@@ -175,11 +175,47 @@ for name in sys.argv[2:]:
 def test_nothing_behind_the_codes_is_read():
     """The codes end at the end of a page; to read one byte of the next ends the process."""
     names = "int1-row int2-g32 int3-g32 int5-row int6-g16 int7-row int8-row fp8_e4m3 int4-g32"
-    for behind in (0, 1):
-        command = [sys.executable, "-c", GUARDED, str(behind), *names.split()]
-        environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    for behind, some in ((0, names.split()), (1, ["int3-g32"]), (1, ["int4-g32"])):
+        command = [sys.executable, "-c", GUARDED, str(behind), *some]
         code = subprocess.run(command, env=environment, check=False).returncode
         assert code == (-signal.SIGSEGV if behind else 0)
+
+
+HUGE = dataclasses.replace(qlib.format("int2-g16"), scale=torch.float32)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize(
+    ("format", "peak"),
+    [
+        (Scheme(Grid("learned", torch.tensor([torch.nan, -1, 0, 1])), 16, fit.absmax), 1),
+        (Scheme(Grid("e4m3", torch.tensor([-1, 0, 0.5, 1])), 16, fit.absmax), 1),
+        (HUGE, 3e38),
+    ],
+    ids=["nan", "name", "huge"],
+)
+def test_a_row_that_code_0_would_make_infinite_behind_its_end(rung, format, peak):
+    weight = randn(3, 20).abs()
+    weight[:, -1] = peak
+    q = qlib.quantize(weight, format)
+    for rows in (1, 3):
+        x = 1e-3 * randn(rows, 20)
+        want = x @ q.dequantize().T
+        assert want.isfinite().all()
+        torch.testing.assert_close(rung(x, bitstream.packed(q)), want, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_times_nothing():
+    for rows in (1, 3, 9):
+        for shape in ((0, 32), (3, 0)):
+            layout = qlib.format("int3-row").layout(shape).items()
+            parts = {name: torch.zeros(size, dtype=dtype) for name, (dtype, size) in layout}
+            packed = bitstream.packed(QTensor(qlib.format("int3-row"), shape, parts))
+            for rung in RUNGS:
+                assert torch.equal(
+                    rung(torch.ones(rows, shape[1]), packed), torch.zeros(rows, shape[0])
+                )
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0"])
@@ -257,7 +293,7 @@ BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint
         (
             nibbles,
             BYTE_ZERO,
-            "the zero point is stored as uint8, not in 4 bits",
+            "the zero point is stored as uint8, not as an integer of 4 bits",
         ),
         (nibbles, "q4_k", "BlockFormat is not a Scheme"),
         (bitstream, "ternary", "the grid ternary does not have codes of 1 to 8 bits"),
@@ -268,7 +304,21 @@ BYTE_ZERO = dataclasses.replace(qlib.format("int4-g32-asym"), offset=GRIDS["uint
         ),
         (bitstream, "nf5", "the grid nf5 has over 16 values, neither integers nor small floats"),
         (bitstream, "int8-g24", "blocks of 24 are not a multiple of 16"),
-        (bitstream, NARROW_ZERO, "the zero point is stored as uint4, not in 8 bits"),
+        (
+            bitstream,
+            NARROW_ZERO,
+            "the zero point is stored as uint4, not as an integer of 8 bits",
+        ),
+        (
+            bitstream,
+            dataclasses.replace(qlib.format("int3-g32-asym"), offset=GRIDS["lloyd3"]),
+            "the zero point is stored as lloyd3, not as an integer of 3 bits",
+        ),
+        (
+            nibbles,
+            Scheme(Grid("own", torch.tensor([torch.nan, *range(15)])), 32, fit.absmax),
+            "code 0 of the grid own is no number, and it pads the rows",
+        ),
         (bitstream, FLOAT_OFFSET, "small floats have an offset"),
         (bitstream, "q8_0", "BlockFormat is not a Scheme"),
         (ggml, "int4", "the format is not ggml's Q4_K, Q6_K or Q8_0"),

@@ -20,9 +20,20 @@ from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
-from .scales import AHEAD, check, compiled, offsets, read_row, scales, scheme_of, stored
+from .scales import (
+    AHEAD,
+    check,
+    compiled,
+    offsets,
+    read_row,
+    scales,
+    scheme_of,
+    stored,
+    why_not_zero_point,
+)  # fmt: skip
 from .simd import (
     LANES,
+    first_lanes,
     floats,
     load,
     load_bytes,
@@ -37,8 +48,9 @@ from .sums import ONE, nothing, plus, put, step_of, stride_of
 
 # Bits of the exponent of the small floats.
 EXPONENT = {grid.name: bits for grid, bits in ((E2M3, 2), (E3M2, 3), (E4M3, 4), (E5M2, 5))}
-# The end of a row is copied where there is room behind it: two loads of sixteen codes at most.
-ROOM = 64
+# The end of a row is copied where there is room behind it: it has bits + 7 bytes at most, and what
+# reads the last of them touches no more than 32.
+ROOM = 32
 
 
 def why_not(q: QTensor) -> str | None:
@@ -49,7 +61,7 @@ def why_not(q: QTensor) -> str | None:
 
 @lru_cache(maxsize=256)
 def _why_not(scheme: Scheme) -> str | None:
-    grid, offset = scheme.grid, scheme.offset
+    grid = scheme.grid
     if len(grid.points) == 3 or grid.bits > 8:
         return f"the grid {grid.name} does not have codes of 1 to 8 bits"
     if grid.bits > 4 and not (scheme.is_standard and _computed(grid)):
@@ -58,11 +70,9 @@ def _why_not(scheme: Scheme) -> str | None:
         return "the scale divides"
     if type(scheme.block) is int and scheme.block % LANES:
         return f"blocks of {scheme.block} are not a multiple of {LANES}"
-    if isinstance(offset, Grid) and offset.bits != grid.bits:
-        return f"the zero point is stored as {offset.name}, not in {grid.bits} bits"
-    if offset is not None and grid.name in EXPONENT:
+    if grid.bits > 4 and grid.name in EXPONENT and scheme.offset is not None:
         return "small floats have an offset"
-    return None
+    return why_not_zero_point(scheme)
 
 
 def _computed(grid: Grid) -> bool:
@@ -74,25 +84,28 @@ def packed(q: QTensor) -> Packed:
     check("bitstream", q, why_not(q))
     q, order = stored(q)
     scheme, codes = q.format, q.parts["codes"].contiguous()
-    size = scheme.block if type(scheme.block) is int else q.shape[1]
+    size = scheme.block if type(scheme.block) is int else max(1, q.shape[1])
     bits = None if scheme.grid.bits == 8 else scheme.grid.bits
-    operands = (codes, bits, _values(scheme), -(-size // LANES), *scales(q), *offsets(q))
+    first = (codes, bits, _values(scheme), q.shape[1], -(-size // LANES))
+    operands = (*first, *scales(q), *offsets(q))
     return Packed(q.shape, 1, operands, _dot, _unpack, order)
 
 
 def _values(scheme: Scheme) -> torch.Tensor | np.number:
-    """A table; or what code 0 means, float32; or the bits of the exponent, uint8."""
+    """What codes mean, in a type that chooses the arithmetic: for small floats the bits of the
+    exponent, uint8; for integers the one of code 0, float32; a table for all others. The least zero
+    point is subtracted already."""
     grid = scheme.grid
     least = scheme.offset.min if isinstance(scheme.offset, Grid) else 0
-    if grid.name in EXPONENT:
-        return np.uint8(EXPONENT[grid.name])
     if grid.bits > 4:
-        return np.float32(grid.min - least)
+        exponent = EXPONENT.get(grid.name)
+        return np.float32(grid.min - least) if exponent is None else np.uint8(exponent)
     return torch.nn.functional.pad(grid.points - least, (0, LANES - len(grid.points)))
 
 
 def block(values, factor, zero, added):
-    """Inside numba: what the weights of a block have in common, three vectors, for `weights`."""
+    """Inside numba: what the weights of a block have in common, for `weights`: three vectors, of
+    which a table needs one and small floats, which have no zero point or offset, two."""
 
 
 def weights(code, bits, values, common):
@@ -108,7 +121,7 @@ def _block(values, factor, zero, added):
     def small_floats(values, factor, zero, added):
         # What float16 reads is too small by its bias less theirs.
         gain = np.float32(1 << (16 - (1 << (values - 1))))
-        return splat(gain), splat(factor), splat(added)
+        return splat(gain), splat(factor), splat(factor)
 
     def integers(values, factor, zero, added):
         return splat(values - zero), splat(factor), splat(added)
@@ -167,7 +180,9 @@ def _end(row, bits, vectors, end):
 
 
 @compiled
-def _dot(codes, bits, values, vectors, scale, table, zero, offset, group, planes, y, start, stop):
+def _dot(
+    codes, bits, values, inputs, vectors, scale, table, zero, offset, group, planes, y, start, stop
+):
     """y [rows, out] from codes [out, bytes] and planes [rows, 1, inputs]."""
     factors, end = np.empty(scale.shape[1], np.float32), np.zeros(ROOM, np.uint8)
     every, step, stride = planes.shape[2] // LANES, 2 * _width(bits), stride_of(planes, group)
@@ -194,12 +209,16 @@ def _dot(codes, bits, values, vectors, scale, table, zero, offset, group, planes
                     sums = plus(sums, some, x, v * LANES, stride)
                 for v in range(max(b * vectors, inside), last):
                     some = weights(_codes(end, (v - inside) * step, bits), bits, values, common)
+                    # Behind the last input is a zero of x, but a code that may mean infinity.
+                    some = first_lanes(some, inputs - v * LANES)
                     sums = plus(sums, some, x, v * LANES, stride)
             put(sums, others, y, r, o, ONE, stride)
 
 
 @compiled
-def _unpack(codes, bits, values, vectors, scale, table, zero, offset, chunk, first, start, stop):
+def _unpack(
+    codes, bits, values, inputs, vectors, scale, table, zero, offset, chunk, first, start, stop
+):
     """chunk [rows, 1, inputs] = weights of the rows first + start, ..., first + stop - 1."""
     factors, end = np.empty(scale.shape[1], np.float32), np.zeros(ROOM, np.uint8)
     every, step = chunk.shape[2] // LANES, 2 * _width(bits)
@@ -215,4 +234,4 @@ def _unpack(codes, bits, values, vectors, scale, table, zero, offset, chunk, fir
                 store(out, v * LANES, some)
             for v in range(max(b * vectors, inside), last):
                 some = weights(_codes(end, (v - inside) * step, bits), bits, values, common)
-                store(out, v * LANES, some)
+                store(out, v * LANES, first_lanes(some, inputs - v * LANES))

@@ -12,12 +12,22 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from qlib.grid import Grid
 from qlib.qtensor import QTensor
 from qlib.scheme import Divisor, Scheme
 
 from .product import Packed
-from .scales import AHEAD, check, compiled, offsets, read_bytes, read_row, scales, scheme_of, stored
+from .scales import (
+    AHEAD,
+    check,
+    compiled,
+    offsets,
+    read_bytes,
+    read_row,
+    scales,
+    scheme_of,
+    stored,
+    why_not_zero_point,
+)  # fmt: skip
 from .simd import (
     LANES,
     load,
@@ -49,9 +59,9 @@ def _why_not(scheme: Scheme) -> str | None:
         return "blocks of 16 have an offset"
     if type(scheme.block) is int and scheme.block % 32 and scheme.block != 16:
         return f"blocks of {scheme.block} are neither 16 nor a multiple of 32"
-    if isinstance(scheme.offset, Grid) and scheme.offset.bits != 4:
-        return f"the zero point is stored as {scheme.offset.name}, not in 4 bits"
-    return None
+    if not scheme.grid.points[0].isfinite():
+        return f"code 0 of the grid {scheme.grid.name} is no number, and it pads the rows"
+    return why_not_zero_point(scheme)
 
 
 def packed(q: QTensor) -> Packed:

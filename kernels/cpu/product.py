@@ -73,13 +73,16 @@ class Packed:
 
 
 def gemv(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out"]:
-    """The product straight from the bytes, which are unpacked again for every fourth row of `x`.
+    """The product straight from the bytes, which are unpacked again for every row of `x`, or from
+    three rows on, for every four.
 
     Args:
-        x: activations on the CPU, floating point; the sums are float32.
+        x: activations on the CPU, floating point. The sums are float32, in an order that is
+            another for one row than for four.
 
     Raises ValueError as `dealt_inputs` does.
     """
+    # A fourth row of zeros costs less than to unpack three times.
     few = len(x) < FOUR - 1
     inputs, outputs = dealt_inputs(x, weight, 1 if few else int(FOUR)), weight.shape[0]
     y = inputs.new_empty(len(inputs), outputs)
@@ -96,7 +99,7 @@ def gemm(x: Float[Tensor, "rows in"], weight: Packed) -> Float[Tensor, "rows out
     """
     dealt, outputs = dealt_inputs(x, weight), weight.shape[0]
     inputs = dealt.flatten(1).T
-    step = min(outputs, max(16, CHUNK_WEIGHTS // len(inputs)))
+    step = max(1, min(outputs, max(16, CHUNK_WEIGHTS // max(1, len(inputs)))))
     # What no code stands for stays zero.
     chunk, y = dealt.new_zeros(step, *dealt.shape[1:]), dealt.new_empty(outputs, len(x))
     for first in range(0, outputs, step):

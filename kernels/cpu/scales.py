@@ -90,6 +90,14 @@ def _all_rows(part: Tensor, q: QTensor) -> Tensor:
     return part.expand(q.shape[0], -1).contiguous()
 
 
+def why_not_zero_point(scheme: Scheme) -> str | None:
+    """Why a kernel cannot read the zero points of a scheme as integers of its bits, or None."""
+    bits, offset = scheme.grid.bits, scheme.offset
+    if not isinstance(offset, Grid) or offset.name in (f"int{bits}", f"uint{bits}"):
+        return None
+    return f"the zero point is stored as {offset.name}, not as an integer of {bits} bits"
+
+
 def number(bits, table):
     """Inside numba: the float32 that a stored scale means."""
 

@@ -106,12 +106,8 @@ def load_bytes(builder, pointer):
 @_memory(INTS, ir.IntType(8))
 def load_some_bytes(builder, pointer, count):
     """bytes[index : index + count], count < 16, and zeros: what lies behind is not touched."""
-    lanes = ir.VectorType(ir.IntType(64), LANES)
-    inside = builder.icmp_signed(
-        "<", ir.Constant(lanes, list(range(LANES))), _splat(builder, count)
-    )
     zeros = ir.Constant(pointer.type.pointee, [0] * LANES)
-    arguments = [pointer, ir.IntType(32)(1), inside, zeros]
+    arguments = [pointer, ir.IntType(32)(1), _lanes_before(builder, count), zeros]
     name = f"llvm.masked.load.v{LANES}i8.p0"
     return builder.zext(_call(builder, name, zeros.type, *arguments), INTS.llvm)
 
@@ -153,6 +149,13 @@ def store(builder, pointer, vector):
     """array[index : index + 16] = vector."""
     builder.store(vector, pointer, align=4)
     return NOTHING
+
+
+@_operation(FLOATS, FLOATS, types.int64)
+def first_lanes(builder, vector, count):
+    """The first `count` of the sixteen numbers, and zeros."""
+    zeros = ir.Constant(FLOATS.llvm, [0.0] * LANES)
+    return builder.select(_lanes_before(builder, count), vector, zeros)
 
 
 @_operation(types.float32, types.uint16)
@@ -230,6 +233,11 @@ def lookup_two(builder, first, second, index):
         return _call(builder, name, FLOATS.llvm, first, index, second)
     found = [_of_halves(builder, table, index) for table in (first, second)]
     return builder.select(_has(builder, index, 16), found[1], found[0])
+
+
+def _lanes_before(builder, count):
+    lanes = ir.VectorType(ir.IntType(64), LANES)
+    return builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), _splat(builder, count))
 
 
 def _of_halves(builder, table, index):

@@ -34,7 +34,7 @@ def step_of(stride):
 
 
 def nothing():
-    """Inside numba: four sums of zero."""
+    """Inside numba: four sums of zero. One row needs two of them, and `put` adds up whatever is."""
     zero = splat(np.float32(0))
     return zero, zero, zero, zero
 
